@@ -1,0 +1,68 @@
+"""How an array divides into the blocks of a format."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from qjax.formats import Scaled
+
+
+class Blocks(NamedTuple):
+    """How an array of ``shape`` splits into blocks of ``sizes``, one size for each axis."""
+
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of blocks along every axis: the shape of the scales."""
+        return tuple(-(-n // size) for n, size in zip(self.shape, self.sizes, strict=True))
+
+    @property
+    def _view(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shape that has every divided axis as (blocks, size), and the axes within the blocks."""
+        shape: list[int] = []
+        within: list[int] = []
+        for count, size in zip(self.counts, self.sizes, strict=True):
+            if count > 1 and size > 1:
+                shape += [count, size]
+                within.append(len(shape) - 1)
+            else:
+                shape.append(count * size)
+                if size > 1:
+                    within.append(len(shape) - 1)
+        return tuple(shape), tuple(within)
+
+    @property
+    def within(self) -> tuple[int, ...]:
+        """The axes of the view that lie within blocks."""
+        return self._view[1]
+
+    def split(self, x):
+        """Returns x, padded with zeros to whole blocks, with every divided axis as (blocks, size)."""
+        padding = [(0, count * size - n) for n, count, size in zip(self.shape, self.counts, self.sizes, strict=True)]
+        return jnp.pad(x, padding).reshape(self._view[0]) if any(p[1] for p in padding) else x.reshape(self._view[0])
+
+    def join(self, view):
+        """Returns the array of a view: the inverse of ``split``."""
+        whole = tuple(count * size for count, size in zip(self.counts, self.sizes, strict=True))
+        x = view.reshape(whole)
+        return x if whole == self.shape else x[tuple(slice(0, n) for n in self.shape)]
+
+    def spread(self, scales):
+        """Returns scales of shape ``counts`` in the shape that broadcasts against a view."""
+        shape, within = self._view
+        return scales.reshape(tuple(1 if axis in within else n for axis, n in enumerate(shape)))
+
+
+def blocks_of(fmt: Scaled, shape: tuple[int, ...], axis: int) -> Blocks:
+    """Returns the blocks of a format on an array, ``axis`` counted from either end."""
+    if isinstance(fmt.block, tuple):
+        sizes = (1,) * (len(shape) - len(fmt.block)) + fmt.block
+    elif fmt.block is None or not shape:
+        sizes = shape
+    else:
+        axis %= len(shape)
+        size = shape[axis] if fmt.block == "axis" else fmt.block
+        sizes = tuple(size if i == axis else 1 for i in range(len(shape)))
+    return Blocks(shape, tuple(max(1, min(size, n)) for size, n in zip(sizes, shape, strict=True)))

@@ -1,0 +1,125 @@
+"""Rounding to a ``Codebook``: a search among the exact decision points of the carrier."""
+
+import functools
+from fractions import Fraction
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax import _rounding
+from qjax._rounding import Random, Rounding
+from qjax.formats import Codebook
+
+
+@functools.lru_cache(maxsize=64)
+def _table(fmt: Codebook, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the values that the dtype has (as float64, rounded to it) and the position of each in the codebook.
+
+    A value beyond the range of the dtype, or nonzero and below its smallest number, is none of them.
+    """
+    exact = fmt.values()
+    with np.errstate(over="ignore", under="ignore"):
+        held = exact.astype(dtype).astype(np.float64)
+    kept = np.flatnonzero(np.isfinite(held) & ((held != 0) | (exact == 0)))
+    return held[kept], kept
+
+
+def _goes_up(fmt: Codebook, rounding: Rounding, i: int, j: int) -> tuple[Fraction, bool]:
+    """Returns (b, tie): numbers above b, and b itself if tie, go from value i to its upper neighbour j."""
+    low, high = Fraction(fmt.table[i]), Fraction(fmt.table[j])
+    toward_zero = low if abs(low) < abs(high) else high
+    odd_high = bool((fmt.first_code + j) & 1)
+    match rounding:
+        case Rounding.TOWARD_NEGATIVE:
+            return high, True
+        case Rounding.TOWARD_POSITIVE:
+            return low, False
+        case Rounding.TOWARD_ZERO if abs(low) != abs(high):
+            return (high, True) if toward_zero == low else (low, False)
+        case Rounding.TO_ODD:
+            return (low, False) if odd_high else (high, True)
+    if fmt.boundaries is None:
+        boundary = (low + high) / 2
+    else:
+        # Where values are left out, the boundary beside the smaller magnitude: nothing rounds across it to zero.
+        boundary = Fraction(fmt.boundaries[i if toward_zero == low else j - 1])
+    match rounding:
+        case Rounding.NEAREST_AWAY:
+            return boundary, toward_zero == low
+        case Rounding.NEAREST_ZERO:
+            return boundary, toward_zero == high
+        case Rounding.NEAREST_ODD:
+            return boundary, odd_high
+    return boundary, not odd_high
+
+
+@functools.lru_cache(maxsize=64)
+def _thresholds(fmt: Codebook, rounding: Rounding, dtype: np.dtype, held: np.dtype) -> np.ndarray:
+    """Returns for each neighbouring pair the least number of the carrier that goes up, as an ordinal."""
+    _, kept = _table(fmt, held)
+    thresholds = []
+    for i, j in zip(kept[:-1], kept[1:], strict=True):
+        boundary, tie = _goes_up(fmt, rounding, int(i), int(j))
+        least = dtype.type(float(boundary))
+        if Fraction(float(least)) < boundary or (Fraction(float(least)) == boundary and not tie):
+            least = np.nextafter(least, dtype.type(np.inf))
+        else:
+            below = np.nextafter(least, dtype.type(-np.inf))
+            if Fraction(float(below)) > boundary or (Fraction(float(below)) == boundary and tie):
+                least = below
+        thresholds.append(least + dtype.type(0))
+    return _ordinal_of(np.array(thresholds, dtype))
+
+
+def _ordinal_of(x: np.ndarray) -> np.ndarray:
+    bits = x.view(np.int64 if x.dtype == np.float64 else np.int32)
+    return np.where(bits < 0, np.iinfo(bits.dtype).min - bits, bits)
+
+
+def round_to_codebook(
+    x, fmt: Codebook, rounding: Rounding, *, random: Random | None = None, saturate: bool = False, dtype=None
+):
+    """Returns (values, positions): float32 or float64 ``x`` rounded to the codebook, and where its values stand in it."""
+    c = _rounding.carrier(x.dtype)
+    held = np.dtype(dtype or x.dtype)
+    table, kept = _table(fmt, held)
+    values = jnp.asarray(table.astype(c.float))
+    bits = lax.bitcast_convert_type(x, c.int)
+    # As integers both zeros are 0, so that subnormals compare as numbers do.
+    ordinal = jnp.where(bits < 0, c.int(np.iinfo(c.int).min) - bits, bits)
+
+    split = Rounding.TOWARD_NEGATIVE if rounding.is_stochastic else rounding
+    thresholds = jnp.asarray(_thresholds(fmt, split, np.dtype(c.float), held).astype(c.int))
+    if len(thresholds) <= 32:
+        index = sum((ordinal >= thresholds[i]).astype(jnp.int32) for i in range(len(thresholds)))
+    else:
+        index = jnp.searchsorted(thresholds, ordinal, side="right", method="scan_unrolled").astype(jnp.int32)
+    if rounding.is_stochastic:
+        index = _draw(x, index, values, fmt, kept, rounding, random, c)
+    result = values[index]
+    position = jnp.asarray(kept.astype(np.int32))[index]
+    magnitude = bits & c.int(np.iinfo(c.int).max)
+    nan = magnitude > c.int(c.inf)
+    if fmt.nan:
+        nan = nan if saturate else magnitude >= c.int(c.inf)
+        return jnp.where(nan, c.float(np.nan), result), jnp.where(nan, -1, position)
+    top = len(table) - 1
+    return jnp.where(nan, values[top], result), jnp.where(nan, int(kept[top]), position)
+
+
+def _draw(x, index, values, fmt: Codebook, kept: np.ndarray, rounding: Rounding, random: Random | None, c):
+    """Returns the index after a stochastic choice between ``values[index]`` and the next."""
+    high_index = jnp.minimum(index + 1, len(kept) - 1)
+    low, high = values[index], values[high_index]
+    # The nearer one to zero is the lower neighbour, so that the rule is odd, as it is for floats.
+    negative = (high <= 0) & (low < 0)
+    near, far = jnp.where(negative, high, low), jnp.where(negative, low, high)
+    distance = jnp.where(high_index == index, c.float(0), (x - near) / jnp.where(near == far, c.float(1), far - near))
+    distance = jnp.clip(distance, c.float(0), c.float(1))
+    fraction = (distance * c.float(2.0 ** (c.width - 2))).astype(c.int).astype(c.uint)
+    fraction = jnp.minimum(fraction, c.uint(2 ** (c.width - 2) - 1)) << 2
+    near_index = jnp.where(negative, high_index, index)
+    odd = (jnp.asarray(kept.astype(np.uint32))[near_index] + np.uint32(fmt.first_code % 2)).astype(c.uint) & 1
+    up = _rounding._round_up(rounding, fraction, odd, x < 0, random, c)
+    return jnp.where(up, jnp.where(negative, index, high_index), near_index)

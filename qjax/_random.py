@@ -1,0 +1,62 @@
+"""Random bits for stochastic rounding: a counter-based generator of a few integer operations an element."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def key_words(key) -> jax.Array:
+    """Returns the four words that a PRNG key contributes, whitened by its own generator."""
+    return jax.random.bits(key, (4,), jnp.uint32)
+
+
+def counter_bits(words, low, high=None):
+    """Returns 32 random bits for each counter.
+
+    The counter times a keyed odd number, plus a keyed word, goes through two multiply-xorshift rounds.
+
+    Args:
+      words: four words of ``key_words``.
+      low: uint32 array of counters.
+      high: uint32 array of their upper words, or None for 0.
+    """
+    state = low * (words[0] | np.uint32(1)) + words[1]
+    if high is not None:
+        state = state + high * (words[2] | np.uint32(1))
+    state = (state ^ (state >> 16)) * np.uint32(0x7FEB352D)
+    state = (state ^ (state >> 15) ^ words[3]) * np.uint32(0x846CA68B)
+    return state ^ (state >> 16)
+
+
+def counters(shape: tuple[int, ...]):
+    """Returns the row-major index of every element as uint32, and its upper word where there are over 2^32 elements."""
+    split = len(shape)
+    while split and math.prod(shape[split - 1 :]) <= 2**32:
+        split -= 1
+
+    def index(axes):
+        total = jnp.zeros(shape, jnp.uint32)
+        stride = 1
+        for axis in reversed(axes):
+            total = total + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+            stride *= shape[axis]
+        return total
+
+    return index(range(split, len(shape))), index(range(split)) if split else None
+
+
+def random_words(key, shape: tuple[int, ...], bits: int, width: int):
+    """Returns an array of unsigned ``width``-bit words (32 or 64) whose upper ``bits`` bits are random and the rest zero.
+
+    The same bits however the array is tiled or sharded: they depend on the key and on the index of the element alone.
+    """
+    words = key_words(key)
+    low, high = counters(shape)
+    drawn = counter_bits(words, low, high)
+    if width == 64:
+        other = counter_bits(key_words(jax.random.fold_in(key, 1)), low, high)
+        drawn = drawn.astype(jnp.uint64) << 32 | other.astype(jnp.uint64)
+    return drawn if bits == width else drawn >> (width - bits) << (width - bits)
