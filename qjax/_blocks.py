@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from qjax.formats import Scaled
 
@@ -43,16 +44,23 @@ class Blocks(NamedTuple):
         padding = [(0, count * size - n) for n, count, size in zip(self.shape, self.counts, self.sizes, strict=True)]
         return jnp.pad(x, padding).reshape(self._view[0]) if any(p[1] for p in padding) else x.reshape(self._view[0])
 
-    def join(self, view):
-        """Returns the array of a view: the inverse of ``split``."""
-        whole = tuple(count * size for count, size in zip(self.counts, self.sizes, strict=True))
-        x = view.reshape(whole)
-        return x if whole == self.shape else x[tuple(slice(0, n) for n in self.shape)]
+    def maximum(self, x):
+        """Returns the largest of each block's entries and 0, of shape ``counts``."""
+        view, (shape, within) = self.split(x), self._view
+        if within:
+            # Longer runs XLA reduces through a copy of the whole array; so the innermost axis goes first, by at most 32.
+            run = next(d for d in range(32, 0, -1) if shape[within[-1]] % d == 0)
+            shape = (*shape[: within[-1]], shape[within[-1]] // run, run, *shape[within[-1] + 1 :])
+            view = lax.optimization_barrier(jnp.max(view.reshape(shape), axis=within[-1] + 1, initial=0))
+        return jnp.max(view, axis=within, initial=0).reshape(self.counts)
 
     def spread(self, scales):
-        """Returns scales of shape ``counts`` in the shape that broadcasts against a view."""
-        shape, within = self._view
-        return scales.reshape(tuple(1 if axis in within else n for axis, n in enumerate(shape)))
+        """Returns an array of shape ``counts`` with its entry for every element, in ``shape``."""
+        view, within = self._view
+        kept = scales.reshape(tuple(1 if axis in within else n for axis, n in enumerate(view)))
+        whole = tuple(count * size for count, size in zip(self.counts, self.sizes, strict=True))
+        x = jnp.broadcast_to(kept, view).reshape(whole)
+        return x if whole == self.shape else x[tuple(slice(0, n) for n in self.shape)]
 
 
 def blocks_of(fmt: Scaled, shape: tuple[int, ...], axis: int) -> Blocks:

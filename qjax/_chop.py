@@ -238,6 +238,5 @@ def _scale_tangent(x, value, scale, scale_dot, mode: Mode):
     dtype = _rounding.widen(x).dtype
     s = blocks.spread(jnp.broadcast_to(scale.astype(dtype), blocks.counts))
     ds = blocks.spread(jnp.broadcast_to(scale_dot.astype(dtype), blocks.counts))
-    view, chopped = blocks.split(x.astype(dtype)), blocks.split(value.astype(dtype))
-    inside = jnp.abs(view) <= s * fmt.element.max
-    return blocks.join((chopped - jnp.where(inside, view, 0)) / jnp.where(s == 0, np.inf, s) * ds)
+    inside = jnp.abs(x).astype(dtype) <= s * fmt.element.max
+    return (value - jnp.where(inside, x, 0)).astype(dtype) / jnp.where(s == 0, np.inf, s) * ds

@@ -25,9 +25,10 @@ def _table(fmt: Codebook, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     return held[kept], kept
 
 
-def _goes_up(fmt: Codebook, rounding: Rounding, i: int, j: int) -> tuple[Fraction, bool]:
-    """Returns (b, tie): numbers above b, and b itself if tie, go from value i to its upper neighbour j."""
-    low, high = Fraction(fmt.table[i]), Fraction(fmt.table[j])
+def _goes_up(
+    fmt: Codebook, rounding: Rounding, i: int, j: int, low: Fraction, high: Fraction
+) -> tuple[Fraction, bool]:
+    """Returns (b, tie): numbers above b, and b itself if tie, go from ``low`` at position i to ``high`` at position j."""
     toward_zero = low if abs(low) < abs(high) else high
     odd_high = bool((fmt.first_code + j) & 1)
     match rounding:
@@ -57,10 +58,11 @@ def _goes_up(fmt: Codebook, rounding: Rounding, i: int, j: int) -> tuple[Fractio
 @functools.lru_cache(maxsize=64)
 def _thresholds(fmt: Codebook, rounding: Rounding, dtype: np.dtype, held: np.dtype) -> np.ndarray:
     """Returns for each neighbouring pair the least number of the carrier that goes up, as an ordinal."""
-    _, kept = _table(fmt, held)
+    table, kept = _table(fmt, held)
+    values = [Fraction(float(value)) for value in table]
     thresholds = []
-    for i, j in zip(kept[:-1], kept[1:], strict=True):
-        boundary, tie = _goes_up(fmt, rounding, int(i), int(j))
+    for i, j, low, high in zip(kept[:-1].tolist(), kept[1:].tolist(), values[:-1], values[1:], strict=True):
+        boundary, tie = _goes_up(fmt, rounding, i, j, low, high)
         least = dtype.type(float(boundary))
         if Fraction(float(least)) < boundary or (Fraction(float(least)) == boundary and not tie):
             least = np.nextafter(least, dtype.type(np.inf))

@@ -231,17 +231,13 @@ def _assembled(codes, fmt: Format, scales: list, zero_points: list, q: QTensor, 
         return _values(codes, fmt, 0, c)
     blocks = blocks_of(fmt, q.shape, q.axis)
     scale = blocks.spread(scales[0])
-    view = blocks.split(codes)
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
         shift = _rounding.exponent(_rounding.to_bits(scale, c), c)
-        return blocks.join(jnp.where(jnp.isnan(scale), c.float(np.nan), _values(view, fmt.element, shift, c)))
-    if isinstance(fmt.element, Scaled):
-        value = blocks.split(_assembled(codes, fmt.element, scales[1:], zero_points, q, c))
-    else:
-        value = _values(view, fmt.element, 0, c)
+        return jnp.where(jnp.isnan(scale), c.float(np.nan), _values(codes, fmt.element, shift, c))
+    value = _assembled(codes, fmt.element, scales[1:], zero_points, q, c)
     if zero_points:
         value = value - blocks.spread(zero_points[0])
-    return blocks.join(multiply(value, scale))
+    return multiply(value, scale)
 
 
 def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):

@@ -167,9 +167,9 @@ def _static_bits(value: int, power: int, c: Carrier) -> int:
 
 
 def _bits_of(value: int, power: int, shift, c: Carrier):
-    """Returns the bits of ``value 2^(power + shift)``, a Python int if shift is one."""
+    """Returns the bits of ``value 2^(power + shift)``."""
     if isinstance(shift, int):
-        return _static_bits(value, power + shift, c)
+        return c.uint(_static_bits(value, power + shift, c))
     return jnp.minimum(compose(jnp.full_like(shift, value), power + shift, c), c.uint(c.inf - 1))
 
 
@@ -228,6 +228,7 @@ def round_to(
     random: Random | None = None,
     saturate: bool = False,
     shift=0,
+    spread=lambda block_values: block_values,
     dtype=None,
 ):
     """Returns float32 or float64 ``x`` rounded, once, to the values of ``2^shift fmt`` that ``dtype`` holds.
@@ -236,7 +237,8 @@ def round_to(
       x: a float32 or float64 array.
       random: the random words of a stochastic mode.
       saturate: overflow, infinities included, gives the largest value.
-      shift: exponent of the scale, an int or an integer array that broadcasts against x.
+      shift: exponent of the scale, an int, or an integer array with one for each block.
+      spread: brings an array with an entry for each block to the shape of x.
       dtype: the dtype whose values the result must be, ``x.dtype`` by default.
 
     The format is seen as the numbers ``k 2^max(e - m, q)``: e the exponent of the number, m the mantissa bits, q the
@@ -246,8 +248,19 @@ def round_to(
     held = jnp.finfo(dtype or x.dtype)
     mantissa_bits = min(fmt.mantissa_bits, held.nmant) if isinstance(fmt, Float) else held.nmant
     static = isinstance(shift, int)
+    grain = fmt.smallest_subnormal if isinstance(fmt, Float) else fmt.eps
+    precision, top = mantissa_bits + 1, held.maxexp - 1
+    smallest = _bits_of(*_ratio(grain, mantissa_bits), shift, c)
+    if isinstance(fmt, Float):
+        largest = lowest = _limit(*fmt._split(fmt.max_code), shift, precision, top, c)
+    else:
+        largest = _limit(fmt.max_integer, fmt.quantum_exponent, shift, precision, top, c)
+        lowest = _limit(-fmt.min_integer, fmt.quantum_exponent, shift, precision, top, c)
     if not static:
-        shift = shift.astype(c.int)
+        # The barrier makes XLA compute these once a block; it would fuse them into the work on every element.
+        shift, smallest, largest, lowest = map(
+            spread, lax.optimization_barrier((shift, smallest, largest, lowest))
+        )
 
     bits = to_bits(x, c)
     magnitude = bits & c.uint(c.sign - 1)
@@ -292,28 +305,28 @@ def round_to(
     else:
         odd = kept & 1
 
-    grain = fmt.smallest_subnormal if isinstance(fmt, Float) else fmt.eps
-    smallest = _bits_of(*_ratio(grain, mantissa_bits), shift, c)
     if isinstance(fmt, Float) and fmt.subnormals == "normal" and fmt.mantissa_bits > 0:
-        beneath = magnitude < _as(smallest, c)
+        beneath = magnitude < smallest
         near = _fraction_of_odd(significand, field, fmt.emin + c.bias + shift, mantissa_bits, c)
         fraction, odd = jnp.where(beneath, near, fraction), jnp.where(beneath, c.uint(0), odd)
     else:
         beneath = drop > c.mantissa_bits
     up = _round_up(rounding, fraction, odd, negative, random, c)
     rounded = ((magnitude >> drop) + up.astype(c.uint)) << drop
-    rounded = jnp.where(beneath, jnp.where(up, _as(smallest, c), c.uint(0)), rounded)
+    rounded = jnp.where(beneath, jnp.where(up, smallest, c.uint(0)), rounded)
 
     finite = magnitude < c.uint(c.inf)
     if not static or fmt.quantum_exponent + place > 2 * c.bias + c.mantissa_bits:
         rounded = jnp.where(finite, rounded, c.uint(c.inf))
-    top = held.maxexp - 1
     if isinstance(fmt, Fixed):
-        return _fixed_range(rounded, sign, magnitude, fmt, shift, held.nmant + 1, top, c)
+        if fmt.overflow == "wrap":
+            return _wrap(rounded, negative, fmt, c)
+        bound = largest if fmt.min_integer == -fmt.max_integer else jnp.where(negative, lowest, largest)
+        result = jnp.minimum(rounded, bound)
+        return from_bits(jnp.where((result == 0) | (magnitude > c.uint(c.inf)), c.uint(0), result | sign), c)
 
-    largest = _limit(*fmt._split(fmt.max_code), shift, mantissa_bits + 1, top, c)
     if not fmt.has_zero:
-        rounded = jnp.maximum(rounded, _as(smallest, c))
+        rounded = jnp.maximum(rounded, smallest)
     over = rounded > largest
     nan = magnitude > c.uint(c.inf)
     saturate = saturate or not (fmt.has_inf or fmt.has_nan)
@@ -334,8 +347,7 @@ def round_to(
     if not fmt.signed:
         outside = negative & (magnitude != 0) & (result != 0)
         if saturate:
-            lowest = c.uint(0) if fmt.has_zero else _as(smallest, c)
-            result = jnp.where(outside, lowest, result)
+            result = jnp.where(outside, c.uint(0) if fmt.has_zero else smallest, result)
         else:
             nan = nan | outside
     elif fmt.has_negative_zero:
@@ -343,10 +355,6 @@ def round_to(
     else:
         result = jnp.where(result == 0, result, result | sign)
     return from_bits(jnp.where(nan, c.uint(c.nan) if fmt.has_nan else largest, result), c)
-
-
-def _as(bits, c: Carrier):
-    return c.uint(bits) if isinstance(bits, int) else bits
 
 
 def _ratio(value: float, mantissa_bits: int) -> tuple[int, int]:
@@ -362,8 +370,7 @@ def _limit(value: int, power: int, shift, precision: int, top: int, c: Carrier):
     """Returns the bits of the largest number of ``precision`` bits up to ``value 2^(power + shift)`` and ``2^(top+1)``."""
     ceiling = _static_bits(2**precision - 1, top - precision + 1, c)
     drop = max(value.bit_length() - precision, 0)
-    bits = _bits_of(value >> drop, power + drop, shift, c)
-    return c.uint(min(bits, ceiling)) if isinstance(bits, int) else jnp.minimum(bits, c.uint(ceiling))
+    return jnp.minimum(_bits_of(value >> drop, power + drop, shift, c), c.uint(ceiling))
 
 
 def _fraction_of_odd(significand, field, first_field, mantissa_bits: int, c: Carrier):
@@ -376,18 +383,6 @@ def _fraction_of_odd(significand, field, first_field, mantissa_bits: int, c: Car
     below = quarter - part - (rest != 0).astype(c.uint)
     inexact = (rest != 0) | (quarter << down != scaled)
     return below << 2 | inexact.astype(c.uint)
-
-
-def _fixed_range(rounded, sign, magnitude, fmt: Fixed, shift, precision: int, top: int, c: Carrier):
-    """Returns the signed result of rounded magnitudes, clipped to the range of the format or wrapped."""
-    negative = sign != 0
-    if fmt.overflow == "wrap":
-        return _wrap(rounded, negative, fmt, c)
-    high = _limit(fmt.max_integer, fmt.quantum_exponent, shift, precision, top, c)
-    low = _limit(-fmt.min_integer, fmt.quantum_exponent, shift, precision, top, c)
-    result = jnp.minimum(rounded, high if fmt.min_integer == -fmt.max_integer else jnp.where(negative, low, high))
-    result = jnp.where((result == 0) | (magnitude > c.uint(c.inf)), c.uint(0), result | sign)
-    return from_bits(result, c)
 
 
 def _wrap(rounded, negative, fmt: Fixed, c: Carrier):

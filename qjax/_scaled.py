@@ -65,50 +65,47 @@ def multiply(value, scale):
     return _rounding.from_bits(jnp.where(nan, c.uint(c.nan), product | bits & c.uint(c.sign)), c)
 
 
-def _divide(view, scale):
-    """Returns ``view / scale``, 0 where the scale is 0; subnormals count as zero."""
-    return _rounding.flush(_rounding.flush(view) / jnp.where(scale == 0, np.inf, scale))
+def _divide(x, scale):
+    """Returns ``x / scale`` for scales >= 0, 0 where the scale is 0; subnormals count as zero.
+
+    The sign of x sits in the divisor, which makes it an array of its own: a quotient by a broadcast number is a product
+    with the reciprocal to XLA, and so rounded twice.
+    """
+    c = _rounding.carrier(x.dtype)
+    bits = _rounding.to_bits(_rounding.flush(x), c)
+    divisor = _rounding.to_bits(jnp.where(scale == 0, c.float(np.inf), scale), c)
+    magnitude = _rounding.from_bits(bits & c.uint(c.sign - 1), c)
+    return _rounding.flush(magnitude / _rounding.from_bits(divisor | bits & c.uint(c.sign), c))
 
 
 def _quantize_blocks(x, fmt: Scaled, mode: Mode, scale, random: Random | None) -> tuple[Any, Parts]:
     blocks = blocks_of(fmt, x.shape, mode.axis)
-    view = blocks.split(x)
     inner = mode._replace(fmt=fmt.element, saturate=True)
-    words = None if random is None else Random(blocks.split(random.words), random.bits)
-    if fmt.zero_point is not None:
-        return _quantize_affine(view, fmt, inner, blocks, scale, words)
     if scale is not None:
-        scale = blocks.spread(_nearest_scale(scale, fmt))
-    elif fmt.rule == "mse":
-        scale = _best_scale(view, fmt, blocks, inner, words)
-    else:
-        scale = _computed_scale(_largest(view, blocks), fmt)
+        scale = jnp.broadcast_to(_nearest_scale(scale, fmt), blocks.counts)
+    if fmt.zero_point is not None:
+        return _quantize_affine(x, fmt, inner, blocks, scale, random)
+    if scale is None:
+        largest = _largest(x, blocks)
+        scale = _best_scale(x, largest, fmt, blocks, inner, random) if fmt.rule == "mse" else _rule(largest, fmt)
+    return _quantize_with(x, scale, fmt, blocks, inner, random)
 
+
+def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: Random | None) -> tuple[Any, Parts]:
+    """Returns x quantized with the given scale of each block."""
+    c = _rounding.carrier(x.dtype)
+    # The barrier makes XLA compute the scale once a block; it would fuse it into the work on every element.
+    scale = lax.optimization_barrier(scale)
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
-        c = _rounding.carrier(x.dtype)
-        value, shift = _shifted(view, scale, inner, words)
-        parts = Parts(blocks.join(value), blocks.join(jnp.broadcast_to(shift, view.shape)))
-        value = jnp.where(jnp.isnan(scale), c.float(np.nan), value)
-        return blocks.join(value), parts._replace(scales=(scale.reshape(blocks.counts),))
-    ratio = _divide(view, scale)
-    if isinstance(fmt.element, Scaled):
-        value, parts = quantize(blocks.join(ratio), inner, random=random)
-        value = blocks.split(value)
-    else:
-        value, parts = quantize(ratio, inner, random=words)
-        parts = parts._replace(elements=blocks.join(parts.elements))
-    value = _hold(blocks.join(multiply(value, scale)), mode.dtype)
-    return value, parts._replace(scales=(scale.reshape(blocks.counts), *parts.scales))
-
-
-def _shifted(view, scale, inner: Mode, words):
-    """Returns the elements rounded exactly on the grid of the scaled format, and the scale's exponent."""
-    c = _rounding.carrier(view.dtype)
-    shift = _rounding.exponent(_rounding.to_bits(scale, c), c)
-    value = _rounding.round_to(
-        view, inner.fmt, inner.rounding, random=words, saturate=True, shift=shift, dtype=inner.dtype
-    )
-    return value, shift
+        shift = _rounding.exponent(_rounding.to_bits(scale, c), c)
+        elements = _rounding.round_to(
+            x, fmt.element, inner.rounding, random=random, saturate=True, shift=shift, spread=blocks.spread, dtype=inner.dtype
+        )
+        value = jnp.where(blocks.spread(jnp.isnan(scale)), c.float(np.nan), elements)
+        return value, Parts(elements, blocks.spread(shift), (scale,))
+    spread = blocks.spread(scale)
+    value, parts = quantize(_divide(x, spread), inner, random=random)
+    return _hold(multiply(value, spread), inner.dtype), parts._replace(scales=(scale, *parts.scales))
 
 
 def _hold(value, dtype):
@@ -125,19 +122,18 @@ def _nearest_scale(ratio, fmt: Scaled):
     return scale if fmt.power_of_two else _rounding.flush(scale)
 
 
-def _largest(view, blocks: Blocks):
+def _largest(x, blocks: Blocks):
     """Returns the bits of the largest magnitude of each block; NaN is above infinity, infinity above all else."""
-    c = _rounding.carrier(view.dtype)
-    magnitude = _rounding.to_bits(view, c) & c.uint(c.sign - 1)
-    return jnp.max(magnitude, axis=blocks.within, keepdims=True, initial=0)
+    c = _rounding.carrier(x.dtype)
+    return blocks.maximum(_rounding.to_bits(x, c) & c.uint(c.sign - 1))
 
 
-def _quotient(largest, divisor: float, c):
-    """Returns the quotient of magnitudes and a constant; the barrier keeps XLA from multiplying by its reciprocal."""
-    return _rounding.from_bits(largest, c) / lax.optimization_barrier(c.float(divisor))
+def _quotient(magnitude, divisor: float, c):
+    """Returns the bits of magnitudes divided by a constant."""
+    return _divide(_rounding.from_bits(magnitude, c), jnp.full_like(magnitude, divisor, dtype=c.float))
 
 
-def _computed_scale(largest, fmt: Scaled):
+def _rule(largest, fmt: Scaled):
     """Returns the scale of each block by the rule of the format; NaN where the block has a NaN or an infinity."""
     c = _rounding.carrier(np.float64 if largest.dtype == np.uint64 else np.float32)
     if fmt.rule in ("absmax", "mse"):
@@ -176,53 +172,42 @@ def _power_of_two(largest, fmt: Scaled, c):
     return exponent - element.emax
 
 
-def _best_scale(view, fmt: Scaled, blocks: Blocks, inner: Mode, words):
+def _best_scale(x, largest, fmt: Scaled, blocks: Blocks, inner: Mode, random: Random | None):
     """Returns of the candidates the scale of the least squared error, the first of equals.
 
     Candidates: for power-of-two scales that of "floor", its double and its half; else 1, 31/32 ... 17/32 of "absmax".
     """
-    c = _rounding.carrier(view.dtype)
-    largest = _largest(view, blocks)
+    c = _rounding.carrier(x.dtype)
     if fmt.power_of_two:
         middle = _power_of_two(largest, fmt, c)
-        low, high = _exponent_range(fmt.scale, c)
-        candidates = [
-            _rounding.from_bits(_rounding.compose(jnp.ones_like(middle), jnp.clip(middle + i, low, high), c), c)
-            for i in (0, 1, -1)
-        ]
+        exponents = [jnp.clip(middle + i, *_exponent_range(fmt.scale, c)) for i in (0, 1, -1)]
+        candidates = [_rounding.from_bits(_rounding.compose(jnp.ones_like(e), e, c), c) for e in exponents]
     else:
         top = _quotient(largest, fmt.element.max, c)
         candidates = [_nearest_scale(top * c.float(1 - i / 32), fmt) for i in range(16)]
     best, least = candidates[0], None
     for scale in candidates:
-        if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
-            value, _ = _shifted(view, scale, inner, words)
-        else:
-            value, _ = quantize(_divide(view, scale), inner, random=words)
-            value = multiply(value, scale)
-        error = jnp.sum(jnp.square(value - view), axis=blocks.within, keepdims=True)
+        value, _ = _quantize_with(x, scale, fmt, blocks, inner, random)
+        error = jnp.sum(blocks.split(jnp.square(value - x)), axis=blocks.within).reshape(blocks.counts)
         best = scale if least is None else jnp.where(error < least, scale, best)
         least = error if least is None else jnp.minimum(error, least)
     return jnp.where(largest >= c.uint(c.inf), c.float(np.nan), best)
 
 
-def _quantize_affine(view, fmt: Scaled, inner: Mode, blocks: Blocks, scale, words) -> tuple[Any, Parts]:
+def _quantize_affine(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random: Random | None) -> tuple[Any, Parts]:
     """Returns ``(q - z) s`` with q = clip(round(x / s) + z): integers with a zero point."""
     element, zero_point = fmt.element, fmt.zero_point
     assert isinstance(element, Fixed) and zero_point is not None
-    c = _rounding.carrier(view.dtype)
-    low = jnp.min(view, axis=blocks.within, keepdims=True, initial=0)
-    high = jnp.max(view, axis=blocks.within, keepdims=True, initial=0)
+    c = _rounding.carrier(x.dtype)
+    below = blocks.maximum(jnp.maximum(-x, 0))
     if scale is None:
-        span = _rounding.to_bits(high - low, c)
+        span = _rounding.to_bits(blocks.maximum(jnp.maximum(x, 0)) + below, c)
         scale = _nearest_scale(_quotient(span, element.max, c), fmt)
         scale = jnp.where(span >= c.uint(c.inf), c.float(np.nan), scale)
-    else:
-        scale = blocks.spread(_nearest_scale(scale, fmt))
-    zero = _rounding.round_to(_divide(-low, scale), zero_point, Rounding.NEAREST_EVEN)
+    zero = _rounding.round_to(_divide(below, scale), zero_point, Rounding.NEAREST_EVEN)
     unclipped = Fixed(element.bits + 2, element.fraction_bits)
-    steps = _rounding.round_to(_divide(view, scale), unclipped, inner.rounding, random=words)
-    codes = jnp.clip(steps + zero, c.float(0), c.float(element.max))
-    value = _hold(blocks.join(multiply(codes - zero, scale)), inner.dtype)
-    parts = Parts(blocks.join(codes), 0, (scale.reshape(blocks.counts),), (zero.reshape(blocks.counts),))
-    return value, parts
+    steps = _rounding.round_to(_divide(x, blocks.spread(scale)), unclipped, inner.rounding, random=random)
+    zeros = blocks.spread(zero)
+    codes = jnp.clip(steps + zeros, c.float(0), c.float(element.max))
+    value = _hold(multiply(codes - zeros, blocks.spread(scale)), inner.dtype)
+    return value, Parts(codes, 0, (scale,), (zero,))
