@@ -8,9 +8,9 @@ import numpy as np
 from jax import lax
 
 
-def key_words(key) -> jax.Array:
-    """Returns the four words that a PRNG key contributes, whitened by its own generator."""
-    return jax.random.bits(key, (4,), jnp.uint32)
+def key_words(key, count: int = 4) -> jax.Array:
+    """Returns the words that a PRNG key contributes, whitened by its own generator."""
+    return jax.random.bits(key, (count,), jnp.uint32)
 
 
 def counter_bits(words, low, high=None):
@@ -53,10 +53,10 @@ def random_words(key, shape: tuple[int, ...], bits: int, width: int):
 
     The same bits however the array is tiled or sharded: they depend on the key and on the index of the element alone.
     """
-    words = key_words(key)
+    words = key_words(key, 4 * width // 32)
     low, high = counters(shape)
-    drawn = counter_bits(words, low, high)
+    drawn = counter_bits(words[:4], low, high)
     if width == 64:
-        other = counter_bits(key_words(jax.random.fold_in(key, 1)), low, high)
+        other = counter_bits(words[4:], low, high)
         drawn = drawn.astype(jnp.uint64) << 32 | other.astype(jnp.uint64)
     return drawn if bits == width else drawn >> (width - bits) << (width - bits)

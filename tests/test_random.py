@@ -12,9 +12,9 @@ from scipy import stats
 
 from qjax import _random
 
-N = 1 << 20
+N = 1 << 18
 ALPHA = 1e-9
-KEYS = range(6)
+KEYS = range(4)
 
 
 def draw(seed: int, shape=(N,)) -> np.ndarray:
@@ -73,11 +73,10 @@ def test_neighbouring_keys_are_independent():
     assert abs(z) < stats.norm.isf(ALPHA)
 
 
-def test_keys_of_split_and_fold_in_are_independent():
+def test_a_key_and_those_split_from_it_are_independent():
     key = jax.random.key(3)
-    folded = [_random.random_words(jax.random.fold_in(key, i), (N // 16,), 32, 32) for i in range(8)]
-    split = [_random.random_words(k, (N // 16,), 32, 32) for k in jax.random.split(key, 8)]
-    drawn = [np.asarray(w) >> 28 for w in (*folded, *split)]
+    keys = [key, *jax.random.split(key, 8), *jax.random.split(jax.random.fold_in(key, 9), 4)]
+    drawn = [np.asarray(_random.random_words(k, (N // 4,), 32, 32)) >> 28 for k in keys]
     for i, a in enumerate(drawn):
         for b in drawn[i + 1 :]:
             assert_uniform(np.bincount(a * 16 + b, minlength=256))
@@ -115,6 +114,16 @@ def test_the_bits_of_a_sharded_array_are_those_of_the_whole():
     key = jax.random.key(5)
     sharded = jax.jit(lambda k: _random.random_words(k, (4096,), 32, 32), out_shardings=sharding)(key)
     assert (np.asarray(sharded) == np.asarray(_random.random_words(key, (4096,), 32, 32))).all()
+
+
+def test_words_of_64_bits_have_independent_halves_that_no_split_key_repeats():
+    with jax.enable_x64(True):
+        keys = [jax.random.key(7), *jax.random.split(jax.random.key(7), 2)]
+        words = [np.asarray(_random.random_words(k, (N // 4,), 64, 64)) for k in keys]
+    halves = [h for w in words for h in (w >> 60, w >> 28 & 15)]
+    for i, a in enumerate(halves):
+        for b in halves[i + 1 :]:
+            assert_uniform(np.bincount((a * 16 + b).astype(np.int64), minlength=256))
 
 
 def test_fewer_bits_are_the_upper_ones():
