@@ -45,6 +45,8 @@ def _goes_up(
     else:
         # Where values are left out, the boundary beside the smaller magnitude: nothing rounds across it to zero.
         boundary = Fraction(fmt.boundaries[i if toward_zero == low else j - 1])
+    if boundary in (low, high):
+        return boundary, boundary == high
     match rounding:
         case Rounding.NEAREST_AWAY:
             return boundary, toward_zero == low

@@ -104,7 +104,7 @@ def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: R
         value = jnp.where(blocks.spread(jnp.isnan(scale)), c.float(np.nan), elements)
         return value, Parts(elements, blocks.spread(shift), (scale,))
     spread = blocks.spread(scale)
-    value, parts = quantize(_divide(x, spread), inner, random=random)
+    value, parts = quantize(_divide(x, spread), inner._replace(dtype=x.dtype), random=random)
     return _hold(multiply(value, spread), inner.dtype), parts._replace(scales=(scale, *parts.scales))
 
 

@@ -173,7 +173,7 @@ def takum(bits: int) -> Codebook:
 
 @functools.lru_cache
 def powers_of_two(bits: int) -> Codebook:
-    """Returns the format of 0 and the signed powers of two 2^0, 2^-1 ... that fit in ``bits`` bits.
+    """Returns the format of 0 and the signed powers of two 2^0, 2^-1 ... that fit in ``bits`` bits, 2 to 9.
 
     >>> from qjax import powers_of_two
     >>> powers_of_two(3).max
@@ -181,5 +181,7 @@ def powers_of_two(bits: int) -> Codebook:
 
     Source: Zhou et al. (2017), Incremental Network Quantization, https://arxiv.org/abs/1702.03044, section 2.1.
     """
+    if not 2 <= bits <= 9:
+        raise ValueError(f"powers_of_two: expected 2 to 9 bits, got {bits}.")
     magnitudes = [2.0**-i for i in range(2 ** (bits - 1) - 1)]
     return Codebook(tuple(sorted([0.0, *magnitudes, *(-m for m in magnitudes)])), f"pow2_{bits}")

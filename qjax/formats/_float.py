@@ -97,7 +97,7 @@ class Float:
             ("subnormals", subnormals),
         ):
             object.__setattr__(self, name, value)
-        if self.max_code < 1:
+        if self.max_code < 1 or not self._split(self.max_code)[0]:
             raise ValueError(f"Float: {self!r} has no code left for a number; add a bit or use specials='finite'.")
         if self.quantum_exponent < -1074 or self._split(self.max_code)[1] + mantissa_bits > 1023:
             raise ValueError(

@@ -1,0 +1,370 @@
+"""Times ``qjax.chop`` against a jitted ``x * c`` and against other libraries, interleaved in one run.
+
+    python benchmarks/chop.py                          # everything; writes benchmarks/results/chop.md
+    python benchmarks/chop.py --quick                  # a look in a minute; writes nothing
+    python benchmarks/chop.py --only 'e4m3 .*qjax' --sizes 1000000 --rounds 31
+
+A new measurement is a row of ``ARG_SPECS``, another library a function that returns its rounding function and a row of
+``IMPLEMENTATIONS``. ``--only`` is matched with "format rounding implementation". Partial runs write only to ``--output``.
+"""
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import os
+import pathlib
+import platform
+import random
+import re
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qjax
+
+SIZES = (10**4, 10**6, 10**7)
+JUDGED = 10**6  # smaller arrays are bound by the cost of a call: reported, not judged
+RESULT = pathlib.Path(__file__).parent / "results" / "chop.md"
+
+
+@dataclass(frozen=True)
+class ArgSpec:
+    format: str
+    rounding: str = "nearest_even"
+    sizes: tuple[int, ...] = SIZES
+    peers: bool = True
+
+    @property
+    def target(self) -> tuple[str, float]:
+        """Returns the class of operations and its largest accepted ratio to a donated ``x * c``."""
+        if self.format == "mxfp4":
+            return "MXFP4", 3.0
+        if self.rounding == "stochastic":
+            return "stochastic", 2.0
+        if self.rounding == "nearest_even" and isinstance(qjax.format(self.format), qjax.Float):
+            return "nearest_even, every Float", 1.2
+        return "other deterministic", 1.4
+
+
+ROUNDINGS = ("nearest_even", "toward_zero", "toward_positive", "to_odd", "nearest_away", "stochastic")
+OTHER_FLOATS = (
+    *("fp32", "fp16", "tf32", "dlfloat16", "e3m4", "e3m2", "e2m3", "e2m1", "e8m0", "ue5m3"),
+    *("float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+)
+ARG_SPECS = (
+    *(ArgSpec(fmt, rounding) for fmt in ("e4m3", "e5m2", "bf16", "q8.8", "mxfp4") for rounding in ROUNDINGS),
+    *(ArgSpec(fmt, sizes=(10**7,), peers=False) for fmt in OTHER_FLOATS),
+)
+
+
+# The implementations: each returns f(x) or f(x, key=key), or None if the library does not offer the operation.
+
+PEER_FORMATS = {"e4m3": (4, 3, "float8_e4m3fn"), "e5m2": (5, 2, "float8_e5m2"), "bf16": (8, 7, "bfloat16")}
+
+
+def chop(arg: ArgSpec):
+    fmt = qjax.format(arg.format)
+    return lambda x, key=None: qjax.chop(x, fmt, arg.rounding, key=key)
+
+
+def reduce_precision(arg: ArgSpec):
+    if arg.format in PEER_FORMATS and arg.rounding == "nearest_even":
+        return lambda x: jax.lax.reduce_precision(x, *PEER_FORMATS[arg.format][:2])
+
+
+def cast(arg: ArgSpec):
+    if arg.format in PEER_FORMATS and arg.rounding == "nearest_even":
+        return lambda x: x.astype(jnp.dtype(PEER_FORMATS[arg.format][2])).astype(np.float32)
+
+
+def pychop(arg: ArgSpec):
+    from pychop.jx import fixed_point, lightchop
+
+    modes = {"nearest_even": 1, "toward_positive": 2, "toward_zero": 4, "stochastic": 5, "nearest_away": 8, "to_odd": 9}
+    mode = modes[arg.rounding]
+    if arg.format == "q8.8" and mode <= 5:
+        return fixed_point.FPRound_(8, 8, mode).quantize
+    if arg.format in PEER_FORMATS:
+        quantizer = lightchop.LightChop_(*PEER_FORMATS[arg.format][:2], rmode=mode)
+
+        def rounded(x, key=None):
+            quantizer.rng_key = key  # its own would be a constant of the compiled program
+            return quantizer(x)
+
+        return rounded
+
+
+def gfloat(arg: ArgSpec):
+    from gfloat import RoundMode, formats, round_ndarray
+
+    names = {"e4m3": "ocp_e4m3", "e5m2": "ocp_e5m2", "bf16": "bfloat16"}
+    modes = {
+        "nearest_even": RoundMode.TiesToEven,
+        "nearest_away": RoundMode.TiesToAway,
+        "toward_zero": RoundMode.TowardZero,
+        "toward_positive": RoundMode.TowardPositive,
+        "stochastic": RoundMode.StochasticFastest,
+    }
+    if arg.format in names and arg.rounding in modes:
+        info, mode = getattr(formats, "format_info_" + names[arg.format]), modes[arg.rounding]
+
+        def rounded(x, key=None):
+            bits = None if key is None else (jax.random.bits(key, x.shape) >> 9).astype(int)
+            return round_ndarray(info, x, mode, srbits=bits, srnumbits=0 if key is None else 23)
+
+        return rounded
+
+
+@dataclass(frozen=True)
+class Implementation:
+    build: object
+    donate: bool = True
+    numpy: bool = False
+    every: int = 1  # measured in one round of so many
+
+
+IMPLEMENTATIONS = {
+    "qjax": Implementation(chop),
+    "qjax, kept": Implementation(chop, donate=False),
+    "reduce_precision": Implementation(reduce_precision),
+    "XLA cast": Implementation(cast),
+    "NumPy cast": Implementation(cast, numpy=True, every=3),
+    "pychop": Implementation(pychop, every=3),
+    "gfloat": Implementation(gfloat, every=3),
+    "multiply": Implementation(lambda arg: lambda x: x * np.float32(1.0009765625)),
+    "multiply, kept": Implementation(lambda arg: lambda x: x * np.float32(1.0009765625), donate=False),
+}
+COLUMNS = [name for name in IMPLEMENTATIONS if "multiply" not in name]
+MULTIPLY, MULTIPLY_KEPT = ("x", "c", "multiply"), ("x", "c", "multiply, kept")
+
+
+def functions_of(size: int, options):
+    """Returns {(format, rounding, implementation): f(x)} for one size, and {the same: why it cannot be run}."""
+    key, functions, remarks = jax.random.key(1), {}, {}
+    for case in (MULTIPLY, MULTIPLY_KEPT):
+        implementation = IMPLEMENTATIONS[case[2]]
+        functions[case] = jax.jit(implementation.build(None), donate_argnums=(0,) if implementation.donate else ())
+    for arg in ARG_SPECS:
+        for name in COLUMNS if arg.peers and not options.no_peers else COLUMNS[: 1 + arg.peers]:
+            case, implementation = (arg.format, arg.rounding, name), IMPLEMENTATIONS[name]
+            if size not in arg.sizes or not re.search(options.only, " ".join(case)):
+                continue
+            try:
+                function = implementation.build(arg)
+            except ImportError:
+                remarks[case] = "not installed"
+                continue
+            if function and not implementation.numpy:
+                function = jax.jit(function, donate_argnums=(0,) if implementation.donate else ())
+            if function:
+                functions[case] = (lambda x, f=function: f(x, key=key)) if arg.rounding == "stochastic" else function
+    return functions, remarks
+
+
+def measure(size: int, options):
+    """Returns {case: seconds in each round} and {case: a remark} for one size.
+
+    A round runs all cases in a new random order, the donated x * c among them often. The input of each is copied before
+    the clock starts, so that a donated result goes to pages that exist.
+    """
+    functions, remarks = functions_of(size, options)
+    generator = np.random.default_rng(0)
+    x_numpy = (generator.standard_normal(size) * 2.0 ** generator.uniform(-10, 8, size)).astype(np.float32)
+    x_jax = jnp.asarray(x_numpy)
+
+    def fresh(case):
+        return x_numpy.copy() if IMPLEMENTATIONS[case[2]].numpy else jax.block_until_ready(jnp.copy(x_jax))
+
+    correct = {}
+    for case in list(functions):  # the first call compiles; its result is compared with that of qjax
+        try:
+            result = np.asarray(functions[case](fresh(case)))
+        except Exception as error:
+            if case[2] in COLUMNS[2:]:
+                remarks[case] = type(error).__name__
+                del functions[case]
+                continue
+            raise
+        if case[2] == "qjax":
+            correct = {case[:2]: result}
+        elif case[:2] in correct and case[1] != "stochastic":
+            differ = 100 * np.mean(~np.isclose(result, correct[case[:2]], 0, 0, equal_nan=True))
+            remarks[case] = f"≠ {differ:.2g} %" if differ else ""
+
+    seconds = {case: [] for case in functions}
+    order, shuffled = [case for case in functions if case != MULTIPLY], random.Random(0)
+    gc.disable()
+    for number in range(options.rounds * (1 if size >= JUDGED else 4)):
+        shuffled.shuffle(order)
+        due = [case for case in order if number % IMPLEMENTATIONS[case[2]].every == 0]
+        for place, case in enumerate(due):
+            for timed in [MULTIPLY, case] if place % 6 == 0 else [case]:
+                x = fresh(timed)
+                start = time.perf_counter()
+                result = jax.block_until_ready(functions[timed](x))
+                seconds[timed].append(time.perf_counter() - start)
+                del x, result
+        gc.collect()
+    gc.enable()
+    return seconds, remarks
+
+
+def compile_milliseconds(arg: ArgSpec) -> float:
+    """Returns the time to trace, lower and compile one chop, with JAX's caches empty."""
+    key = (jax.random.key(1),) if arg.rounding == "stochastic" else ()
+    times = []
+    for _ in range(3):
+        jax.clear_caches()
+        start = time.perf_counter()
+        jax.jit(chop(arg)).lower(jax.ShapeDtypeStruct((10**6,), jnp.float32), *key).compile()
+        times.append(1e3 * (time.perf_counter() - start))
+    return median(times)
+
+
+def eager_microseconds(functions, repeats: int = 100, rounds: int = 21) -> list[float]:
+    """Returns the time of one call of each function, the calls of one waiting for nothing but each other."""
+    times = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, of_function in zip(functions, times, strict=True):
+            jax.block_until_ready(function())
+            start = time.perf_counter()
+            for _ in range(repeats):
+                jax.block_until_ready(function())
+            of_function.append(1e6 * (time.perf_counter() - start) / repeats)
+    return [median(of_function) for of_function in times]
+
+
+def import_milliseconds(runs: int = 9) -> float:
+    """Returns the time of ``import qjax`` in new processes that have imported jax and jax.numpy."""
+    code = "import jax, jax.numpy, time; t = time.perf_counter(); import qjax; print(time.perf_counter() - t)"
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(qjax.__file__).parents[1])}
+    times = [subprocess.check_output([sys.executable, "-c", code], env=environment) for _ in range(runs + 1)]
+    return 1e3 * median(map(float, times[1:]))
+
+
+def targets(results: dict, options):
+    """Yields (target, what was measured, value, limit): at most the limit, or at least it for speed-ups."""
+    for size, (seconds, _) in results.items():
+        for arg in ARG_SPECS if size >= JUDGED else ():
+            case, stochastic = (arg.format, arg.rounding), arg.rounding == "stochastic"
+            if (*case, "qjax") not in seconds:
+                continue
+            ours, where = median(seconds[*case, "qjax"]), f"{arg.format} {arg.rounding}, {size:,} elements"
+            yield f"{arg.target[0]}: ratio to x * c", where, ours / median(seconds[MULTIPLY]), arg.target[1]
+            for peer, speedup in (("pychop", 25 if stochastic else 15), ("gfloat", 25 if stochastic else 5)):
+                if (*case, peer) in seconds and arg.rounding in ("nearest_even", "stochastic"):
+                    faster = median(seconds[*case, peer]) / ours
+                    yield f"faster than {peer} under jit, {arg.rounding}", where, faster, speedup
+    for arg in ARG_SPECS:
+        if re.search(options.only, f"{arg.format} {arg.rounding} qjax"):
+            yield "compile one chop, ms", f"{arg.format} {arg.rounding}", compile_milliseconds(arg), 150
+    x, fmt = jnp.linspace(-4, 4, 1000, dtype=jnp.float32), qjax.format("e4m3")
+    ours, add = eager_microseconds([lambda: qjax.chop(x, fmt), lambda: jnp.add(x, x)])
+    yield "eager, 1000 elements: ratio to jnp.add", f"e4m3, {ours:.1f} µs", ours / add, 5
+    yield "import qjax after jax, ms", "", import_milliseconds(), 50
+
+
+def verdict(target: str, value: float, limit: float) -> str:
+    return "pass" if (value >= limit if "faster" in target else value <= limit) else "**FAIL**"
+
+
+def target_table(rows) -> list[str]:
+    """Returns the table of targets: how many measurements miss each, and the worst of them."""
+    lines = ["\n## Targets\n", "| target | limit | worst | where | missed | |", "|---|---|---|---|---|---|"]
+    rows = list(rows)
+    for target in dict.fromkeys(row[0] for row in rows):
+        mine = sorted(
+            (v / limit if "faster" not in target else limit / v, w, v, limit) for t, w, v, limit in rows if t == target
+        )
+        _, where, value, limit = mine[-1]
+        missed = sum("FAIL" in verdict(target, v, limit) for _, _, v, limit in mine)
+        bound = f"{'≥' if 'faster' in target else '≤'} {limit}"
+        judged = verdict(target, value, limit)
+        lines.append(f"| {target} | {bound} | {value:.3g} | {where} | {missed} of {len(mine)} | {judged} |")
+    return lines
+
+
+def size_table(size: int, seconds: dict, remarks: dict) -> list[str]:
+    base, kept = median(seconds[MULTIPLY]), median(seconds[MULTIPLY_KEPT])
+    lines = [
+        f"\n## {size:,} elements\n",
+        f"x * c: donated {1e9 * base / size:.3f} ns an element, the ratio 1; kept {kept / base:.2f}.\n",
+        f"| format | rounding | ns/element | quartiles | limit | | {' | '.join(COLUMNS)} |",
+        "|---" * (len(COLUMNS) + 6) + "|",
+    ]
+    for arg in ARG_SPECS:
+        cells = []
+        for name in COLUMNS:
+            case = (arg.format, arg.rounding, name)
+            ratio = f"{median(seconds[case]) / base:.2f} " if case in seconds else ""
+            cells.append((ratio + remarks.get(case, "")).strip())
+        ours = seconds.get((arg.format, arg.rounding, "qjax"))
+        if ours:
+            low, _, high = (quartile / base for quartile in quantiles(ours))
+            judged = verdict("", median(ours) / base, arg.target[1]) if size >= JUDGED else "not judged"
+            cells[:0] = [f"{1e9 * median(ours) / size:.3f}", f"{low:.2f}, {high:.2f}", str(arg.target[1]), judged]
+        elif any(cells):
+            cells[:0] = [""] * 4
+        if any(cells):
+            lines.append(f"| {arg.format} | {arg.rounding} | {' | '.join(cells)} |")
+    return lines
+
+
+def header() -> str:
+    cpu = (
+        re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+        if sys.platform == "linux"
+        else None
+    )
+    found = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    packages = ("jax", "jaxlib", "numpy", "ml_dtypes", "pychop", "gfloat")
+    settings = [f"{k}={os.environ[k]}" for k in ("XLA_FLAGS", "GLIBC_TUNABLES") if k in os.environ]
+    return f"""# The speed of chop
+
+- {datetime.datetime.now():%Y-%m-%d %H:%M}, qjax {qjax.__version__}, Python {platform.python_version()}
+- {", ".join(f"{name} {found.get(name, 'not installed')}" for name in packages)}
+- device {jax.devices()[0].device_kind}; {cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores,
+  load {os.getloadavg()[0]:.1f}; {" ".join(settings) or "no XLA_FLAGS"}
+- `python {" ".join(sys.argv)}`
+
+How to read it: times are medians, as ratios to the median of a jitted `x * c` with a donated float32 input (memory traffic
+and nothing else) in the same rounds; a round runs all cases in random order, each on a fresh copy of the input. `kept`:
+the input is not donated, so the time is that of getting new memory; compare it with the kept `x * c`. Peers run under jit
+with a donated input, except `NumPy cast`; `reduce_precision` is that of lax, the casts go to the ml_dtypes type and back.
+`≠ p %`: the value differs from that of qjax in p % of the elements. An empty cell: the library does not offer it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="e4m3 and mxfp4, 10^6 elements, 5 rounds")
+    parser.add_argument("--output", type=pathlib.Path)
+    options = parser.parse_args()
+    if options.quick:
+        options.sizes, options.rounds, options.only = [10**6], 5, options.only or "^(e4m3|mxfp4) "
+    partial = options.only or options.no_peers or tuple(options.sizes) != SIZES
+    warnings.filterwarnings("ignore")  # gfloat asks for int64
+
+    results = {size: measure(size, options) for size in options.sizes}
+    sizes = [line for size, result in results.items() for line in size_table(size, *result)]
+    report = "\n".join([header(), *target_table(targets(results, options)), *sizes]) + "\n"
+    print(report)
+    output = options.output or (None if partial else RESULT)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(report)
+
+
+if __name__ == "__main__":
+    main()
