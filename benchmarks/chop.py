@@ -4,23 +4,25 @@
     python benchmarks/chop.py --quick                  # a look in a minute; writes nothing
     python benchmarks/chop.py --only 'e4m3 .*qjax' --sizes 1000000 --rounds 31
 
-A new measurement is a row of ``ARG_SPECS``, another library a function that returns its rounding function and a row of
-``IMPLEMENTATIONS``. ``--only`` is matched with "format rounding implementation". Partial runs write only to ``--output``.
+A new measurement is a row of ``ARG_SPECS``; another library is a function that returns its rounding function, and a row
+of ``IMPLEMENTATIONS``. ``--only`` is matched with "format rounding implementation". Partial runs write with --output.
 """
 
 import argparse
 import datetime
+import functools
 import gc
 import importlib.metadata
 import os
 import pathlib
-import platform
 import random
 import re
 import subprocess
 import sys
 import time
+import timeit
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -32,6 +34,7 @@ import qjax
 
 SIZES = (10**4, 10**6, 10**7)
 JUDGED = 10**6  # smaller arrays are bound by the cost of a call: reported, not judged
+KEY = jax.random.key(1)
 RESULT = pathlib.Path(__file__).parent / "results" / "chop.md"
 
 
@@ -55,10 +58,8 @@ class ArgSpec:
 
 
 ROUNDINGS = ("nearest_even", "toward_zero", "toward_positive", "to_odd", "nearest_away", "stochastic")
-OTHER_FLOATS = (
-    *("fp32", "fp16", "tf32", "dlfloat16", "e3m4", "e3m2", "e2m3", "e2m1", "e8m0", "ue5m3"),
-    *("float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz"),
-)
+OTHER_FLOATS = "fp32 fp16 tf32 dlfloat16 e3m4 e3m2 e2m3 e2m1 e8m0 ue5m3".split()
+OTHER_FLOATS += "float8_e4m3 float8_e4m3b11fnuz float8_e4m3fnuz float8_e5m2fnuz".split()
 ARG_SPECS = (
     *(ArgSpec(fmt, rounding) for fmt in ("e4m3", "e5m2", "bf16", "q8.8", "mxfp4") for rounding in ROUNDINGS),
     *(ArgSpec(fmt, sizes=(10**7,), peers=False) for fmt in OTHER_FLOATS),
@@ -88,44 +89,30 @@ def cast(arg: ArgSpec):
 def pychop(arg: ArgSpec):
     from pychop.jx import fixed_point, lightchop
 
-    modes = {"nearest_even": 1, "toward_positive": 2, "toward_zero": 4, "stochastic": 5, "nearest_away": 8, "to_odd": 9}
-    mode = modes[arg.rounding]
+    mode = dict(nearest_even=1, toward_positive=2, toward_zero=4, stochastic=5, nearest_away=8, to_odd=9)[arg.rounding]
     if arg.format == "q8.8" and mode <= 5:
         return fixed_point.FPRound_(8, 8, mode).quantize
     if arg.format in PEER_FORMATS:
         quantizer = lightchop.LightChop_(*PEER_FORMATS[arg.format][:2], rmode=mode)
-
-        def rounded(x, key=None):
-            quantizer.rng_key = key  # its own would be a constant of the compiled program
-            return quantizer(x)
-
-        return rounded
+        # Its own key would be a constant of the compiled program.
+        return lambda x, key=None: setattr(quantizer, "rng_key", key) or quantizer(x)
 
 
 def gfloat(arg: ArgSpec):
     from gfloat import RoundMode, formats, round_ndarray
 
-    names = {"e4m3": "ocp_e4m3", "e5m2": "ocp_e5m2", "bf16": "bfloat16"}
-    modes = {
-        "nearest_even": RoundMode.TiesToEven,
-        "nearest_away": RoundMode.TiesToAway,
-        "toward_zero": RoundMode.TowardZero,
-        "toward_positive": RoundMode.TowardPositive,
-        "stochastic": RoundMode.StochasticFastest,
-    }
-    if arg.format in names and arg.rounding in modes:
-        info, mode = getattr(formats, "format_info_" + names[arg.format]), modes[arg.rounding]
-
-        def rounded(x, key=None):
-            bits = None if key is None else (jax.random.bits(key, x.shape) >> 9).astype(int)
-            return round_ndarray(info, x, mode, srbits=bits, srnumbits=0 if key is None else 23)
-
-        return rounded
+    name = dict(e4m3="ocp_e4m3", e5m2="ocp_e5m2", bf16="bfloat16").get(arg.format)
+    modes = dict(nearest_even="TiesToEven", nearest_away="TiesToAway", toward_zero="TowardZero")
+    modes |= dict(toward_positive="TowardPositive", stochastic="StochasticFastest")
+    if name and arg.rounding in modes:
+        info, mode = getattr(formats, f"format_info_{name}"), RoundMode[modes[arg.rounding]]
+        draw = lambda key, shape: (jax.random.bits(key, shape) >> 9).astype(int)  # noqa: E731
+        return lambda x, key=None: round_ndarray(info, x, mode, False, None if key is None else draw(key, x.shape), 23)
 
 
 @dataclass(frozen=True)
 class Implementation:
-    build: object
+    build: Callable
     donate: bool = True
     numpy: bool = False
     every: int = 1  # measured in one round of so many
@@ -139,33 +126,40 @@ IMPLEMENTATIONS = {
     "NumPy cast": Implementation(cast, numpy=True, every=3),
     "pychop": Implementation(pychop, every=3),
     "gfloat": Implementation(gfloat, every=3),
-    "multiply": Implementation(lambda arg: lambda x: x * np.float32(1.0009765625)),
-    "multiply, kept": Implementation(lambda arg: lambda x: x * np.float32(1.0009765625), donate=False),
+    "x * c": Implementation(lambda arg: lambda x: x * np.float32(1.0009765625)),
+    "x * c, kept": Implementation(lambda arg: lambda x: x * np.float32(1.0009765625), donate=False),
 }
-COLUMNS = [name for name in IMPLEMENTATIONS if "multiply" not in name]
-MULTIPLY, MULTIPLY_KEPT = ("x", "c", "multiply"), ("x", "c", "multiply, kept")
+COLUMNS, MULTIPLY, MULTIPLY_KEPT = list(IMPLEMENTATIONS)[:-2], ("", "", "x * c"), ("", "", "x * c, kept")
 
 
-def functions_of(size: int, options):
-    """Returns {(format, rounding, implementation): f(x)} for one size, and {the same: why it cannot be run}."""
-    key, functions, remarks = jax.random.key(1), {}, {}
-    for case in (MULTIPLY, MULTIPLY_KEPT):
-        implementation = IMPLEMENTATIONS[case[2]]
-        functions[case] = jax.jit(implementation.build(None), donate_argnums=(0,) if implementation.donate else ())
+def prepare(size: int, fresh: Callable, options):
+    """Returns {(format, rounding, implementation): f(x)}, compiled and called once, and {the same: a remark}."""
+    functions, remarks, correct = {}, {}, {}
+    cases = []
     for arg in ARG_SPECS:
-        for name in COLUMNS if arg.peers and not options.no_peers else COLUMNS[: 1 + arg.peers]:
-            case, implementation = (arg.format, arg.rounding, name), IMPLEMENTATIONS[name]
-            if size not in arg.sizes or not re.search(options.only, " ".join(case)):
+        columns = COLUMNS[: 1 if not arg.peers else 2 if options.no_peers else None]
+        cases += [(arg, (arg.format, arg.rounding, name)) for name in columns if size in arg.sizes]
+    cases = [(arg, case) for arg, case in cases if re.search(options.only, " ".join(case))]
+    for arg, case in [(None, MULTIPLY), (None, MULTIPLY_KEPT), *cases]:
+        implementation = IMPLEMENTATIONS[case[2]]
+        try:
+            if not (function := implementation.build(arg)):
                 continue
-            try:
-                function = implementation.build(arg)
-            except ImportError:
-                remarks[case] = "not installed"
-                continue
-            if function and not implementation.numpy:
+            if not implementation.numpy:
                 function = jax.jit(function, donate_argnums=(0,) if implementation.donate else ())
-            if function:
-                functions[case] = (lambda x, f=function: f(x, key=key)) if arg.rounding == "stochastic" else function
+            functions[case] = functools.partial(function, key=KEY) if case[1] == "stochastic" else function
+            result = np.asarray(functions[case](fresh(case)))
+        except Exception as error:
+            if case[2] not in COLUMNS[2:]:
+                raise
+            functions.pop(case, None)
+            remarks[case] = "not installed" if isinstance(error, ImportError) else type(error).__name__
+            continue
+        if case[2] == "qjax":
+            correct = {case[:2]: result}
+        elif case[:2] in correct and case[1] != "stochastic":
+            differ = 100 * np.mean(~np.isclose(result, correct[case[:2]], 0, 0, equal_nan=True))
+            remarks[case] = f"≠ {differ:.2g} %" if differ else ""
     return functions, remarks
 
 
@@ -175,7 +169,6 @@ def measure(size: int, options):
     A round runs all cases in a new random order, the donated x * c among them often. The input of each is copied before
     the clock starts, so that a donated result goes to pages that exist.
     """
-    functions, remarks = functions_of(size, options)
     generator = np.random.default_rng(0)
     x_numpy = (generator.standard_normal(size) * 2.0 ** generator.uniform(-10, 8, size)).astype(np.float32)
     x_jax = jnp.asarray(x_numpy)
@@ -183,29 +176,13 @@ def measure(size: int, options):
     def fresh(case):
         return x_numpy.copy() if IMPLEMENTATIONS[case[2]].numpy else jax.block_until_ready(jnp.copy(x_jax))
 
-    correct = {}
-    for case in list(functions):  # the first call compiles; its result is compared with that of qjax
-        try:
-            result = np.asarray(functions[case](fresh(case)))
-        except Exception as error:
-            if case[2] in COLUMNS[2:]:
-                remarks[case] = type(error).__name__
-                del functions[case]
-                continue
-            raise
-        if case[2] == "qjax":
-            correct = {case[:2]: result}
-        elif case[:2] in correct and case[1] != "stochastic":
-            differ = 100 * np.mean(~np.isclose(result, correct[case[:2]], 0, 0, equal_nan=True))
-            remarks[case] = f"≠ {differ:.2g} %" if differ else ""
-
+    functions, remarks = prepare(size, fresh, options)
     seconds = {case: [] for case in functions}
     order, shuffled = [case for case in functions if case != MULTIPLY], random.Random(0)
     gc.disable()
     for number in range(options.rounds * (1 if size >= JUDGED else 4)):
         shuffled.shuffle(order)
-        due = [case for case in order if number % IMPLEMENTATIONS[case[2]].every == 0]
-        for place, case in enumerate(due):
+        for place, case in enumerate(case for case in order if number % IMPLEMENTATIONS[case[2]].every == 0):
             for timed in [MULTIPLY, case] if place % 6 == 0 else [case]:
                 x = fresh(timed)
                 start = time.perf_counter()
@@ -217,29 +194,17 @@ def measure(size: int, options):
     return seconds, remarks
 
 
-def compile_milliseconds(arg: ArgSpec) -> float:
-    """Returns the time to trace, lower and compile one chop, with JAX's caches empty."""
-    key = (jax.random.key(1),) if arg.rounding == "stochastic" else ()
-    times = []
-    for _ in range(3):
-        jax.clear_caches()
-        start = time.perf_counter()
-        jax.jit(chop(arg)).lower(jax.ShapeDtypeStruct((10**6,), jnp.float32), *key).compile()
-        times.append(1e3 * (time.perf_counter() - start))
-    return median(times)
+def milliseconds(function, repeats: int, rounds: int = 21) -> float:
+    """Returns the median time of a call, over rounds of some calls each."""
+    times = timeit.repeat(lambda: jax.block_until_ready(function()), number=repeats, repeat=rounds + 1)
+    return 1e3 * median(times[1:]) / repeats
 
 
-def eager_microseconds(functions, repeats: int = 100, rounds: int = 21) -> list[float]:
-    """Returns the time of one call of each function, the calls of one waiting for nothing but each other."""
-    times = [[] for _ in functions]
-    for _ in range(rounds):
-        for function, of_function in zip(functions, times, strict=True):
-            jax.block_until_ready(function())
-            start = time.perf_counter()
-            for _ in range(repeats):
-                jax.block_until_ready(function())
-            of_function.append(1e6 * (time.perf_counter() - start) / repeats)
-    return [median(of_function) for of_function in times]
+def compile_chop(arg: ArgSpec):
+    """Traces, lowers and compiles one chop, with JAX's caches empty."""
+    jax.clear_caches()
+    key = [KEY] if arg.rounding == "stochastic" else []
+    jax.jit(chop(arg)).lower(jax.ShapeDtypeStruct((10**6,), jnp.float32), *key).compile()
 
 
 def import_milliseconds(runs: int = 9) -> float:
@@ -265,30 +230,24 @@ def targets(results: dict, options):
                     yield f"faster than {peer} under jit, {arg.rounding}", where, faster, speedup
     for arg in ARG_SPECS:
         if re.search(options.only, f"{arg.format} {arg.rounding} qjax"):
-            yield "compile one chop, ms", f"{arg.format} {arg.rounding}", compile_milliseconds(arg), 150
+            took = milliseconds(lambda arg=arg: compile_chop(arg), repeats=1, rounds=3)
+            yield "compile one chop, ms", f"{arg.format} {arg.rounding}", took, 150
     x, fmt = jnp.linspace(-4, 4, 1000, dtype=jnp.float32), qjax.format("e4m3")
-    ours, add = eager_microseconds([lambda: qjax.chop(x, fmt), lambda: jnp.add(x, x)])
-    yield "eager, 1000 elements: ratio to jnp.add", f"e4m3, {ours:.1f} µs", ours / add, 5
+    ours, add = milliseconds(lambda: qjax.chop(x, fmt), 100), milliseconds(lambda: jnp.add(x, x), 100)
+    yield "eager, 1000 elements: ratio to jnp.add", f"e4m3, {1e3 * ours:.1f} µs", ours / add, 5
     yield "import qjax after jax, ms", "", import_milliseconds(), 50
 
 
-def verdict(target: str, value: float, limit: float) -> str:
-    return "pass" if (value >= limit if "faster" in target else value <= limit) else "**FAIL**"
-
-
-def target_table(rows) -> list[str]:
-    """Returns the table of targets: how many measurements miss each, and the worst of them."""
+def target_table(rows: list[tuple]) -> list[str]:
+    """Returns the table of targets: how many measurements miss each, and the one that is worst."""
     lines = ["\n## Targets\n", "| target | limit | worst | where | missed | |", "|---|---|---|---|---|---|"]
-    rows = list(rows)
     for target in dict.fromkeys(row[0] for row in rows):
-        mine = sorted(
-            (v / limit if "faster" not in target else limit / v, w, v, limit) for t, w, v, limit in rows if t == target
-        )
-        _, where, value, limit = mine[-1]
-        missed = sum("FAIL" in verdict(target, v, limit) for _, _, v, limit in mine)
-        bound = f"{'≥' if 'faster' in target else '≤'} {limit}"
-        judged = verdict(target, value, limit)
-        lines.append(f"| {target} | {bound} | {value:.3g} | {where} | {missed} of {len(mine)} | {judged} |")
+        sign, at_least = (-1, "≥") if "faster" in target else (1, "≤")
+        mine = [row[1:] for row in rows if row[0] == target]
+        where, worst, limit = max(mine, key=lambda row: sign * row[1])
+        missed = sum(sign * value > sign * limit for _, value, _ in mine)
+        judged = "**FAIL**" if missed else "pass"
+        lines.append(f"| {target} | {at_least} {limit} | {worst:.3g} | {where} | {missed} of {len(mine)} | {judged} |")
     return lines
 
 
@@ -301,45 +260,36 @@ def size_table(size: int, seconds: dict, remarks: dict) -> list[str]:
         "|---" * (len(COLUMNS) + 6) + "|",
     ]
     for arg in ARG_SPECS:
-        cells = []
-        for name in COLUMNS:
-            case = (arg.format, arg.rounding, name)
-            ratio = f"{median(seconds[case]) / base:.2f} " if case in seconds else ""
-            cells.append((ratio + remarks.get(case, "")).strip())
-        ours = seconds.get((arg.format, arg.rounding, "qjax"))
-        if ours:
-            low, _, high = (quartile / base for quartile in quantiles(ours))
-            judged = verdict("", median(ours) / base, arg.target[1]) if size >= JUDGED else "not judged"
-            cells[:0] = [f"{1e9 * median(ours) / size:.3f}", f"{low:.2f}, {high:.2f}", str(arg.target[1]), judged]
-        elif any(cells):
-            cells[:0] = [""] * 4
+        row = [(arg.format, arg.rounding, name) for name in COLUMNS]
+        ratios = [f"{median(seconds[case]) / base:.2f} " if case in seconds else "" for case in row]
+        cells = [ratio + remarks.get(case, "") for ratio, case in zip(ratios, row, strict=True)]
+        judged = "| " * 3
+        if row[0] in seconds:
+            low, middle, high = (quartile / base for quartile in quantiles(seconds[row[0]]))
+            word = "not judged" if size < JUDGED else "pass" if middle <= arg.target[1] else "**FAIL**"
+            judged = f"{1e9 * middle * base / size:.3f} | {low:.2f}, {high:.2f} | {arg.target[1]} | {word}"
         if any(cells):
-            lines.append(f"| {arg.format} | {arg.rounding} | {' | '.join(cells)} |")
+            lines.append(f"| {arg.format} | {arg.rounding} | {judged} | {' | '.join(cells)} |")
     return lines
 
 
 def header() -> str:
-    cpu = (
-        re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
-        if sys.platform == "linux"
-        else None
-    )
-    found = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
-    packages = ("jax", "jaxlib", "numpy", "ml_dtypes", "pychop", "gfloat")
-    settings = [f"{k}={os.environ[k]}" for k in ("XLA_FLAGS", "GLIBC_TUNABLES") if k in os.environ]
+    names = ("qjax", "jax", "jaxlib", "numpy", "ml_dtypes", "pychop", "gfloat")
+    found = {d.name.lower(): d.version for d in importlib.metadata.distributions()} | {"qjax": qjax.__version__}
+    cpu = pathlib.Path("/proc/cpuinfo")
+    cpu = re.findall("model name.*: (.*)", cpu.read_text())[0] if cpu.exists() else sys.platform
+    environment = " ".join(f"{name}={os.environ.get(name, '')!r}" for name in ("XLA_FLAGS", "GLIBC_TUNABLES"))
     return f"""# The speed of chop
 
-- {datetime.datetime.now():%Y-%m-%d %H:%M}, qjax {qjax.__version__}, Python {platform.python_version()}
-- {", ".join(f"{name} {found.get(name, 'not installed')}" for name in packages)}
-- device {jax.devices()[0].device_kind}; {cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores,
-  load {os.getloadavg()[0]:.1f}; {" ".join(settings) or "no XLA_FLAGS"}
-- `python {" ".join(sys.argv)}`
+- {datetime.datetime.now():%Y-%m-%d %H:%M}, `python {" ".join(sys.argv)}`
+- {", ".join(f"{name} {found.get(name, 'not installed')}" for name in names)}, Python {sys.version.split()[0]}
+- device {jax.devices()[0].device_kind}; {cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {environment}
 
-How to read it: times are medians, as ratios to the median of a jitted `x * c` with a donated float32 input (memory traffic
-and nothing else) in the same rounds; a round runs all cases in random order, each on a fresh copy of the input. `kept`:
-the input is not donated, so the time is that of getting new memory; compare it with the kept `x * c`. Peers run under jit
-with a donated input, except `NumPy cast`; `reduce_precision` is that of lax, the casts go to the ml_dtypes type and back.
-`≠ p %`: the value differs from that of qjax in p % of the elements. An empty cell: the library does not offer it."""
+How to read it: times are medians, as ratios to the median of a jitted `x * c` with a donated float32 input (memory
+traffic and nothing else) in the same rounds; a round runs all cases in random order, each on a fresh copy of the input.
+`kept`: the input is not donated, so the time is that of getting new memory; compare it with the kept `x * c`. Peers run
+under jit with a donated input, except `NumPy cast`; `reduce_precision` is that of lax, the casts go to the ml_dtypes
+type and back. `≠ p %`: the value differs from that of qjax in p % of the elements. An empty cell: not offered."""
 
 
 def main() -> None:
@@ -353,15 +303,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.sizes, options.rounds, options.only = [10**6], 5, options.only or "^(e4m3|mxfp4) "
-    partial = options.only or options.no_peers or tuple(options.sizes) != SIZES
+    whole = not options.only and not options.no_peers and tuple(options.sizes) == SIZES
     warnings.filterwarnings("ignore")  # gfloat asks for int64
 
     results = {size: measure(size, options) for size in options.sizes}
     sizes = [line for size, result in results.items() for line in size_table(size, *result)]
-    report = "\n".join([header(), *target_table(targets(results, options)), *sizes]) + "\n"
+    report = "\n".join([header(), *target_table(list(targets(results, options))), *sizes]) + "\n"
     print(report)
-    output = options.output or (None if partial else RESULT)
-    if output:
+    if output := options.output or (RESULT if whole else None):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(report)
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Inexact, UInt
 
 from qjax import _random, _rounding
+from qjax._blocks import blocks_of
 from qjax._rounding import Random, Rounding
 from qjax._scaled import Mode, quantize
 from qjax.formats import Codebook, Fixed, Float, Format, Scaled, format
@@ -54,7 +55,8 @@ def chop(
       rounding: a ``Rounding`` or its lower-case name.
       axis: the axis of the blocks of a ``Scaled`` format with an int or "axis" block.
       scale: for a ``Scaled`` format, scales to use instead of computed ones, one for each block (any shape that
-        broadcasts to the number of blocks along every axis); rounded to nearest in the scale's format. May be traced.
+        broadcasts to the number of blocks along every axis); their magnitude counts, rounded to nearest in the
+        scale's format. May be traced.
         For nested formats these are the outermost scales.
       key: the PRNG key, for stochastic modes.
       random_bits: for stochastic modes, how many random bits an element gets (N of the modes' rules), by default all
@@ -107,12 +109,20 @@ def _checked(caller: str, x, fmt, rounding, axis: int, scale, key, random_bits, 
     width = 64 if x.dtype in (np.dtype(np.float64), np.dtype(np.complex128)) else 32
     if isinstance(fmt, Scaled):
         _check_axis(caller, fmt, x.shape, axis)
-    elif scale is not None:
-        raise ValueError(f"{caller}: scale was given, but {fmt!r} has no scale; use a Scaled format, or divide x.")
     if scale is not None:
+        if not isinstance(fmt, Scaled):
+            raise ValueError(f"{caller}: scale was given, but {fmt!r} has no scale; use a Scaled format, or divide x.")
         scale = jnp.asarray(scale)
         if not jnp.issubdtype(scale.dtype, jnp.floating):
             raise TypeError(f"{caller}: scale must be a float array, got {scale.dtype}.")
+        counts = blocks_of(fmt, x.shape, axis).counts
+        if len(scale.shape) > len(counts) or any(
+            n not in (1, count) for n, count in zip(scale.shape[::-1], counts[::-1], strict=False)
+        ):
+            raise ValueError(
+                f"{caller}: scale of shape {scale.shape} does not broadcast to {counts}, one for each block of {fmt!r}."
+            )
+        scale = _rounding.widen(scale).astype(np.float64 if width == 64 else np.float32)
     if isinstance(fmt, Fixed) and fmt.overflow == "wrap" and fmt.bits > width:
         raise ValueError(
             f"{caller}: {fmt!r} wraps {fmt.bits} bits, more than the {width} that {x.dtype} is worked on with; "
@@ -161,20 +171,26 @@ def _rounding_named(caller: str, rounding) -> Rounding:
         ) from None
 
 
+_CARRIERS = frozenset(
+    map(np.dtype, (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16, jnp.complex64, jnp.complex128))
+)
+
+
 def _array(caller: str, x) -> Array:
-    if isinstance(x, np.ndarray | np.generic) and x.dtype in (np.float64, np.complex128):
-        if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-            raise TypeError(
-                f"{caller}: x is a {x.dtype} NumPy array, which JAX would first round to 32 bits; convert it yourself, "
-                "x.astype(numpy.float32), or set jax_enable_x64."
-            )
+    if isinstance(x, jax.Array) and x.dtype in _CARRIERS:
+        return x
     if isinstance(x, list | tuple):
         raise TypeError(f"{caller}: x must be an array, got a {type(x).__name__}; use jax.numpy.array.")
-    dtype = x.dtype if hasattr(x, "dtype") else np.result_type(x)
-    if dtype not in (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16, jnp.complex64, jnp.complex128):
+    dtype = x.dtype if isinstance(x, jax.Array) else np.result_type(x)
+    if dtype not in _CARRIERS:
         raise TypeError(
             f"{caller}: x has dtype {dtype}; expected float32, float64, bfloat16, float16 or complex. "
             "Convert it, for example x.astype(jax.numpy.float32)."
+        )
+    if isinstance(x, np.ndarray | np.generic) and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise TypeError(
+            f"{caller}: x is a {dtype} NumPy array, which JAX would first round to 32 bits; convert it yourself, "
+            "x.astype(numpy.float32), or set jax_enable_x64."
         )
     return jnp.asarray(x)
 
@@ -213,7 +229,6 @@ def random(x, key, words, bits: int) -> Random | None:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _value(x, scale, random: Random | None, mode: Mode):
-    scale = None if scale is None else _rounding.widen(scale)
     value, _ = quantize(_rounding.widen(x), mode, scale=scale, random=random)
     return _rounding.narrow(value, x.dtype)
 
@@ -230,8 +245,6 @@ def _value_jvp(mode: Mode, primals, tangents):
 
 def _scale_tangent(x, value, scale, scale_dot, mode: Mode):
     """Returns ``(element - x / s) ds`` within the range of the element, ``element ds`` beyond."""
-    from qjax._blocks import blocks_of
-
     fmt = mode.fmt
     assert isinstance(fmt, Scaled)
     blocks = blocks_of(fmt, x.shape, mode.axis)

@@ -138,7 +138,6 @@ def encode(
 
 @functools.partial(jax.jit, static_argnames=("mode", "bits"))
 def _encode(x, scale, key, words, *, mode: Mode, bits: int) -> QTensor:
-    scale = None if scale is None else _rounding.widen(scale)
     _, parts = quantize(_rounding.widen(x), mode, scale=scale, random=random(x, key, words, bits))
     return _stored(parts, mode.fmt, x, mode)
 

@@ -82,7 +82,7 @@ def _quantize_blocks(x, fmt: Scaled, mode: Mode, scale, random: Random | None) -
     blocks = blocks_of(fmt, x.shape, mode.axis)
     inner = mode._replace(fmt=fmt.element, saturate=True)
     if scale is not None:
-        scale = jnp.broadcast_to(_nearest_scale(scale, fmt), blocks.counts)
+        scale = jnp.broadcast_to(_nearest_scale(jnp.abs(scale), fmt), blocks.counts)
     if fmt.zero_point is not None:
         return _quantize_affine(x, fmt, inner, blocks, scale, random)
     if scale is None:

@@ -82,6 +82,8 @@ def test_every_float_of_the_grammar_has_consistent_facts():
             for suffix in ("", "fn", "fnuz", "finite", "extended", "_nosub"):
                 for unsigned in ("", "u"):
                     name = f"{unsigned}e{exponent_bits}m{mantissa_bits}{suffix}"
+                    if name in qjax.format_names():
+                        continue
                     try:
                         fmt = qjax.format(name)
                     except ValueError:

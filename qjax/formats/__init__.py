@@ -1,38 +1,76 @@
 """Formats: sets of values with an encoding. No rounding, no arrays."""
 
-from qjax.formats._codebook import Codebook as Codebook
-from qjax.formats._codebook import posit as posit
-from qjax.formats._codebook import powers_of_two as powers_of_two
-from qjax.formats._codebook import takum as takum
-from qjax.formats._fixed import Fixed as Fixed
-from qjax.formats._float import Float as Float
-from qjax.formats._names import BF16 as BF16
-from qjax.formats._names import BINARY as BINARY
-from qjax.formats._names import DFP8 as DFP8
-from qjax.formats._names import DFP16 as DFP16
-from qjax.formats._names import DLFLOAT16 as DLFLOAT16
-from qjax.formats._names import E2M1 as E2M1
-from qjax.formats._names import E2M3 as E2M3
-from qjax.formats._names import E3M2 as E3M2
-from qjax.formats._names import E3M4 as E3M4
-from qjax.formats._names import E4M3 as E4M3
-from qjax.formats._names import E5M2 as E5M2
-from qjax.formats._names import E8M0 as E8M0
-from qjax.formats._names import FP16 as FP16
-from qjax.formats._names import FP32 as FP32
-from qjax.formats._names import FP64 as FP64
-from qjax.formats._names import MXFP4 as MXFP4
-from qjax.formats._names import MXFP6_E2M3 as MXFP6_E2M3
-from qjax.formats._names import MXFP6_E3M2 as MXFP6_E3M2
-from qjax.formats._names import MXFP8_E4M3 as MXFP8_E4M3
-from qjax.formats._names import MXFP8_E5M2 as MXFP8_E5M2
-from qjax.formats._names import MXINT8 as MXINT8
-from qjax.formats._names import NF4 as NF4
-from qjax.formats._names import NVFP4 as NVFP4
-from qjax.formats._names import TERNARY as TERNARY
-from qjax.formats._names import TF32 as TF32
-from qjax.formats._names import UE5M3 as UE5M3
-from qjax.formats._names import Format as Format
-from qjax.formats._names import format as format
-from qjax.formats._names import format_names as format_names
-from qjax.formats._scaled import Scaled as Scaled
+from qjax.formats._codebook import Codebook, posit, powers_of_two, takum
+from qjax.formats._fixed import Fixed
+from qjax.formats._float import Float
+from qjax.formats._names import (
+    BF16,
+    BINARY,
+    DFP8,
+    DFP16,
+    DLFLOAT16,
+    E2M1,
+    E2M3,
+    E3M2,
+    E3M4,
+    E4M3,
+    E5M2,
+    E8M0,
+    FP16,
+    FP32,
+    FP64,
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
+    MXFP8_E4M3,
+    MXFP8_E5M2,
+    MXINT8,
+    NF4,
+    NVFP4,
+    TERNARY,
+    TF32,
+    UE5M3,
+    Format,
+    format,
+    format_names,
+)
+from qjax.formats._scaled import Scaled
+
+__all__ = [
+    "BF16",
+    "BINARY",
+    "DFP16",
+    "DFP8",
+    "DLFLOAT16",
+    "E2M1",
+    "E2M3",
+    "E3M2",
+    "E3M4",
+    "E4M3",
+    "E5M2",
+    "E8M0",
+    "FP16",
+    "FP32",
+    "FP64",
+    "MXFP4",
+    "MXFP6_E2M3",
+    "MXFP6_E3M2",
+    "MXFP8_E4M3",
+    "MXFP8_E5M2",
+    "MXINT8",
+    "NF4",
+    "NVFP4",
+    "TERNARY",
+    "TF32",
+    "UE5M3",
+    "Codebook",
+    "Fixed",
+    "Float",
+    "Format",
+    "Scaled",
+    "format",
+    "format_names",
+    "posit",
+    "powers_of_two",
+    "takum",
+]

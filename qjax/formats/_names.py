@@ -75,6 +75,7 @@ _NAMED: dict[str, Format] = {
     "e2m3": E2M3,
     "e2m1": E2M1,
     "e8m0": E8M0,
+    "ue8m0": E8M0,
     "ue5m3": UE5M3,
     "float64": FP64,
     "float32": FP32,
