@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
         """Returns the largest of each block's entries and 0, of shape ``counts``."""
         view, (shape, within) = self.split(x), self._view
         if within:
-            # Longer runs XLA reduces through a copy of the whole array; so the innermost axis goes first, by at most 32.
+            # Longer runs XLA reduces through a copy of the whole array: the innermost axis goes first, by at most 32.
             run = next(d for d in range(32, 0, -1) if shape[within[-1]] % d == 0)
             shape = (*shape[: within[-1]], shape[within[-1]] // run, run, *shape[within[-1] + 1 :])
             view = lax.optimization_barrier(jnp.max(view.reshape(shape), axis=within[-1] + 1, initial=0))

@@ -12,7 +12,7 @@ from qjax import _random, _rounding
 from qjax._blocks import blocks_of
 from qjax._rounding import Random, Rounding
 from qjax._scaled import Mode, quantize
-from qjax.formats import Codebook, Fixed, Float, Format, Scaled, format
+from qjax.formats import Fixed, Format, Scaled, format
 
 RoundingLike = (
     Rounding
@@ -50,7 +50,7 @@ def chop(
     mode chooses, once, from the exact x. For a ``Scaled`` format see below.
 
     Args:
-      x: float32, float64 (with jax_enable_x64), bfloat16 or float16; complex64 or complex128 by real and imaginary part.
+      x: float32, float64 (with jax_enable_x64), bfloat16 or float16; complex64 or complex128, by parts.
       fmt: a format or its name.
       rounding: a ``Rounding`` or its lower-case name.
       axis: the axis of the blocks of a ``Scaled`` format with an int or "axis" block.
@@ -88,9 +88,9 @@ def chop(
     >>> import jax, jax.numpy as jnp, qjax
     >>> x = jnp.array([0.3, 300.0, 1e6, -1e-9], jnp.float32)
     >>> qjax.chop(x, "e4m3")
-    Array([ 3.125e-01,  2.880e+02,        nan, -0.000e+00], dtype=float32)
+    Array([  0.3125, 288.    ,      nan,  -0.    ], dtype=float32)
     >>> qjax.chop(x, "e4m3", "toward_negative", saturate=True)
-    Array([ 2.8125000e-01,  2.8800000e+02,  4.4800000e+02, -1.9531250e-03],      dtype=float32)
+    Array([ 2.812500e-01,  2.880000e+02,  4.480000e+02, -1.953125e-03],      dtype=float32)
     >>> qjax.chop(x, "mxfp4", key=jax.random.key(0), rounding="stochastic").dtype
     dtype('float32')
 

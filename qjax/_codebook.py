@@ -25,10 +25,8 @@ def _table(fmt: Codebook, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     return held[kept], kept
 
 
-def _goes_up(
-    fmt: Codebook, rounding: Rounding, i: int, j: int, low: Fraction, high: Fraction
-) -> tuple[Fraction, bool]:
-    """Returns (b, tie): numbers above b, and b itself if tie, go from ``low`` at position i to ``high`` at position j."""
+def _goes_up(fmt: Codebook, rounding: Rounding, i: int, j: int, low: Fraction, high: Fraction) -> tuple[Fraction, bool]:
+    """Returns (b, tie): numbers above b, and b itself if tie, go to ``high`` at position j, others to ``low`` at i."""
     toward_zero = low if abs(low) < abs(high) else high
     odd_high = bool((fmt.first_code + j) & 1)
     match rounding:
@@ -84,7 +82,7 @@ def _ordinal_of(x: np.ndarray) -> np.ndarray:
 def round_to_codebook(
     x, fmt: Codebook, rounding: Rounding, *, random: Random | None = None, saturate: bool = False, dtype=None
 ):
-    """Returns (values, positions): float32 or float64 ``x`` rounded to the codebook, and where its values stand in it."""
+    """Returns float32 or float64 ``x`` rounded to the codebook, and the positions of its values there."""
     c = _rounding.carrier(x.dtype)
     held = np.dtype(dtype or x.dtype)
     table, kept = _table(fmt, held)

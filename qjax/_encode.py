@@ -28,8 +28,8 @@ class QTensor:
 
     Attributes:
       codes: the codes of the elements, laid out as their specification says (sign, exponent, fraction from the top;
-        two's complement for ``Fixed``). Widths of 8, 16, 32 and 64 bits are unsigned integers of the shape of the array;
-        others are bytes, packed along the last axis, the first element in the lowest bits, each row padded to whole bytes.
+        two's complement for ``Fixed``). Widths of 8, 16, 32 and 64 bits are unsigned integers, one an element;
+        others are packed along the last axis, the first element in the lowest bits, each row padded to whole bytes.
       scales: for ``Scaled`` formats the scales of each level, outermost first, themselves QTensors in the scale's
         format, of the shape (blocks along every axis).
       zero_points: likewise, the zero points, if the format has them.
@@ -44,8 +44,8 @@ class QTensor:
     >>> q = qjax.encode(jnp.array([0.5, -6.0, 1.0, 3.0], jnp.float32), "e2m1")
     >>> q.codes, q.nbytes
     (Array([241,  82], dtype=uint8), 2)
-    >>> q.to_ml_dtypes()
-    array([0.5, -6, 1, 3], dtype=float4_e2m1fn)
+    >>> q.to_ml_dtypes().dtype.name
+    'float4_e2m1fn'
     """
 
     codes: UInt[Array, "..."]

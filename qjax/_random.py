@@ -49,7 +49,7 @@ def counters(shape: tuple[int, ...]):
 
 
 def random_words(key, shape: tuple[int, ...], bits: int, width: int):
-    """Returns an array of unsigned ``width``-bit words (32 or 64) whose upper ``bits`` bits are random and the rest zero.
+    """Returns unsigned words of ``width`` bits (32 or 64) whose upper ``bits`` bits are random and the rest zero.
 
     The same bits however the array is tiled or sharded: they depend on the key and on the index of the element alone.
     """

@@ -72,18 +72,6 @@ class Carrier(NamedTuple):
     width: int
 
     @property
-    def uint(self) -> type:
-        return np.uint64 if self.width == 64 else np.uint32
-
-    @property
-    def int(self) -> type:
-        return np.int64 if self.width == 64 else np.int32
-
-    @property
-    def float(self) -> type:
-        return np.float64 if self.width == 64 else np.float32
-
-    @property
     def inf(self) -> int:
         return (2 * self.bias + 1) << self.mantissa_bits
 
@@ -94,6 +82,18 @@ class Carrier(NamedTuple):
     @property
     def sign(self) -> int:
         return 1 << (self.width - 1)
+
+    @property
+    def uint(self) -> type:
+        return np.uint64 if self.width == 64 else np.uint32
+
+    @property
+    def int(self) -> type:
+        return np.int64 if self.width == 64 else np.int32
+
+    @property
+    def float(self) -> type:
+        return np.float64 if self.width == 64 else np.float32
 
 
 def carrier(dtype) -> Carrier:
@@ -227,7 +227,7 @@ def round_to(
     *,
     random: Random | None = None,
     saturate: bool = False,
-    shift=0,
+    shift: int | jax.Array = 0,
     spread=lambda block_values: block_values,
     dtype=None,
 ):
@@ -258,9 +258,7 @@ def round_to(
         lowest = _limit(-fmt.min_integer, fmt.quantum_exponent, shift, precision, top, c)
     if not static:
         # The barrier makes XLA compute these once a block; it would fuse them into the work on every element.
-        shift, smallest, largest, lowest = map(
-            spread, lax.optimization_barrier((shift, smallest, largest, lowest))
-        )
+        shift, smallest, largest, lowest = map(spread, lax.optimization_barrier((shift, smallest, largest, lowest)))
 
     bits = to_bits(x, c)
     magnitude = bits & c.uint(c.sign - 1)
@@ -367,14 +365,14 @@ def _ratio(value: float, mantissa_bits: int) -> tuple[int, int]:
 
 
 def _limit(value: int, power: int, shift, precision: int, top: int, c: Carrier):
-    """Returns the bits of the largest number of ``precision`` bits up to ``value 2^(power + shift)`` and ``2^(top+1)``."""
+    """Returns the bits of the largest number of ``precision`` bits, of exponent at most top, up to the scaled value."""
     ceiling = _static_bits(2**precision - 1, top - precision + 1, c)
     drop = max(value.bit_length() - precision, 0)
     return jnp.minimum(_bits_of(value >> drop, power + drop, shift, c), c.uint(ceiling))
 
 
 def _fraction_of_odd(significand, field, first_field, mantissa_bits: int, c: Carrier):
-    """Returns x / s as a fraction for 0 <= x < s = 2^emin (1 + 2^-m), the smallest value of formats such as DLFloat16."""
+    """Returns x / s as a fraction for 0 <= x < s = 2^emin (1 + 2^-m), the smallest value of DLFloat16 and its like."""
     scaled = significand << (c.width - 2 - c.mantissa_bits)
     down = jnp.clip(first_field - field, 0, c.width - 1).astype(c.uint)
     quarter = scaled >> down
@@ -387,10 +385,6 @@ def _fraction_of_odd(significand, field, first_field, mantissa_bits: int, c: Car
 
 def _wrap(rounded, negative, fmt: Fixed, c: Carrier):
     """Returns the rounded magnitudes as integers of the format, modulo 2^bits."""
-    if fmt.bits > c.width:
-        raise ValueError(
-            f"chop: {fmt!r} wraps {fmt.bits} bits, which a carrier of {c.width} bits cannot; use float64 (jax_enable_x64)."
-        )
     field = (rounded >> c.mantissa_bits).astype(c.int)
     fraction = rounded & c.uint(2**c.mantissa_bits - 1)
     significand = jnp.where(field > 0, fraction | c.uint(2**c.mantissa_bits), fraction)

@@ -49,9 +49,7 @@ def quantize(x, mode: Mode, *, scale=None, random: Random | None = None) -> tupl
             x, fmt, mode.rounding, random=random, saturate=mode.saturate, dtype=mode.dtype
         )
         return value, Parts(position)
-    value = _rounding.round_to(
-        x, fmt, mode.rounding, random=random, saturate=mode.saturate, dtype=mode.dtype
-    )
+    value = _rounding.round_to(x, fmt, mode.rounding, random=random, saturate=mode.saturate, dtype=mode.dtype)
     return value, Parts(value)
 
 
@@ -99,7 +97,14 @@ def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: R
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
         shift = _rounding.exponent(_rounding.to_bits(scale, c), c)
         elements = _rounding.round_to(
-            x, fmt.element, inner.rounding, random=random, saturate=True, shift=shift, spread=blocks.spread, dtype=inner.dtype
+            x,
+            fmt.element,
+            inner.rounding,
+            random=random,
+            saturate=True,
+            shift=shift,
+            spread=blocks.spread,
+            dtype=inner.dtype,
         )
         value = jnp.where(blocks.spread(jnp.isnan(scale)), c.float(np.nan), elements)
         return value, Parts(elements, blocks.spread(shift), (scale,))
@@ -152,6 +157,7 @@ def _exponent_range(scale: Float, c) -> tuple[int, int]:
 def _power_of_two(largest, fmt: Scaled, c):
     """Returns the exponent that "floor", "ceil", "rceil" or "even" gives each block."""
     element = fmt.element
+    assert not isinstance(element, Scaled)
     exponent = _rounding.exponent(largest, c)
     # The fraction of the largest magnitude, its leading bit moved to where a normal number has it.
     up = jnp.clip((1 - c.bias) - exponent, 0, c.mantissa_bits).astype(c.uint)

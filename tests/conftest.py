@@ -1,10 +1,14 @@
-"""Strict settings for every test."""
+"""Strict settings for every test: promotions are errors, 8 CPU devices, reproducible examples."""
 
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402
+import hypothesis
+import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("qjax", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("qjax")

@@ -74,7 +74,8 @@ def test_packing_is_a_bit_stream(width, length):
     ("name", "shape", "nbytes"),
     [
         ("e2m1", (10,), 5), ("e3m2", (4, 8), 4 * 6), ("int3", (7,), 3), ("ternary", (5, 8), 5 * 2), ("e4m3", (), 1),
-        ("mxfp4", (2, 64), 64 + 4), ("mxfp6_e2m3", (32,), 24 + 1), ("nvfp4", (4, 64), 128 + 16 + 4), ("mxfp8_e4m3", (0, 32), 0),
+        ("mxfp4", (2, 64), 64 + 4), ("mxfp6_e2m3", (32,), 24 + 1), ("nvfp4", (4, 64), 128 + 16 + 4),
+        ("mxfp8_e4m3", (0, 32), 0),
         ("uint4_g128", (2, 256), 256 + 4 * 4 + 2 * 1), ("dfp16", (100,), 201), ("tf32", (8,), 19),
     ],
 )  # fmt: skip
@@ -137,7 +138,7 @@ def test_scales_are_in_their_own_encoding():
 
 
 def test_encode_refuses_what_it_cannot_hold():
-    with pytest.raises(TypeError, match="encode: x is complex; encode x.real and x.imag"):
+    with pytest.raises(TypeError, match=r"encode: x is complex; encode x\.real and x\.imag"):
         qjax.encode(jnp.ones(3, jnp.complex64), "e4m3")
     with pytest.raises(ValueError, match="have 64 bits, float32 is worked on with 32"):
         qjax.encode(jnp.ones(3, jnp.float32), "fp64")

@@ -49,7 +49,8 @@ FACTS = {
     "dlfloat16": {"bits": 16, "max": 2.0**33 - 2**24, "min_normal": 2.0**-31 + 2.0**-40},
     "binary8p3se": {"max": 1.5 * 2**15, "has_inf": True, "has_negative_zero": False, "bias": 16},
     "binary8p3sf": {"max": 1.75 * 2**15, "has_inf": False},
-    "binary8p4se": {"max": 224}, "binary8p4sf": {"max": 240}, "binary8p1ue": {"max": 2.0**125, "smallest_subnormal": 2.0**-127},
+    "binary8p4se": {"max": 224}, "binary8p4sf": {"max": 240},
+    "binary8p1ue": {"max": 2.0**125, "smallest_subnormal": 2.0**-127},
     "binary8p3uf": {"max": 1.5 * 2.0**31},
     "e4m3b11": {"bias": 11, "max": 15},
     "e5m10_nosub": {"smallest_subnormal": 2.0**-14},
@@ -58,7 +59,8 @@ FACTS = {
     "int4": {"max": 7, "min": -8}, "uint4": {"max": 15, "min": 0},
     "mxfp4": {"bits": 4.25}, "nvfp4": {"bits": 4.5, "max": 6.0 * 448 * 3.4028234663852886e38}, "mxint8": {"bits": 8.25},
     "e4m3_128x128": {"bits": 8 + 32 / 128**2}, "uint4_g32": {"bits": 4 + 36 / 32},
-    "nf4": {"bits": 4, "max": 1}, "ternary": {"bits": 2}, "binary": {"bits": 1}, "pow2_4": {"bits": 4, "smallest_subnormal": 2.0**-6},
+    "nf4": {"bits": 4, "max": 1}, "ternary": {"bits": 2}, "binary": {"bits": 1},
+    "pow2_4": {"bits": 4, "smallest_subnormal": 2.0**-6},
     "posit8": {"bits": 8, "max": 2.0**24}, "posit16es1": {"max": 2.0**28}, "takum8": {"max": 2.0**239},
 }  # fmt: skip
 
@@ -132,7 +134,7 @@ REFUSALS = {
     "'ieee' has one special code, for infinity, and none for NaN": lambda: Float(4, 0),
     "has no code left for a number": lambda: Float(1, 0, specials="extended", signed=False),
     "has values that no float64 holds": lambda: Float(11, 52, bias=0),
-    "Float.values: .* only formats up to 16 bits": lambda: qjax.FP32.values(),
+    "Float.values: .* only formats up to 16 bits": qjax.FP32.values,
     "expected 1 to 64 bits": lambda: Fixed(65),
     "overflow must be 'saturate' or 'wrap', got 'clip'": lambda: Fixed(8, overflow="clip"),
     "a symmetric range needs a sign": lambda: Fixed(8, signed=False, symmetric=True),

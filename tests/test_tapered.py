@@ -1,5 +1,6 @@
 """The tables of posits and takums against decoders that read the digits as the papers write them."""
 
+import itertools
 import math
 from bisect import bisect
 from fractions import Fraction
@@ -63,7 +64,7 @@ def test_values(bits, es):
 @all_tables
 def test_ascending_and_symmetric(bits, es):
     values, boundaries, _ = tables(bits, es)
-    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(values))
     assert values == [-v for v in reversed(values)]
     assert boundaries == [-b for b in reversed(boundaries)]
     assert values[len(values) // 2] == 0.0

@@ -39,8 +39,8 @@ from qjax.formats._scaled import Scaled
 __all__ = [
     "BF16",
     "BINARY",
-    "DFP16",
     "DFP8",
+    "DFP16",
     "DLFLOAT16",
     "E2M1",
     "E2M3",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -57,7 +58,7 @@ class Codebook:
         table = tuple(float(v) + 0.0 for v in values)
         if not 2 <= len(table) + nan <= 2**16 or not all(map(math.isfinite, table)):
             raise ValueError(f"Codebook: expected 2 to 2^16 finite values, got {len(table)} (name {name!r}).")
-        if any(a >= b for a, b in zip(table, table[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(table)):
             raise ValueError(f"Codebook: the values must ascend strictly (name {name!r}); sort them and drop repeats.")
         if boundaries is not None:
             boundaries = tuple(map(float, boundaries))

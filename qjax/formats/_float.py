@@ -74,9 +74,7 @@ class Float:
                 f"{mantissa_bits}."
             )
         if specials not in ("ieee", "fn", "fnuz", "finite", "extended"):
-            raise ValueError(
-                f"Float: specials must be 'ieee', 'fn', 'fnuz', 'finite' or 'extended', got {specials!r}."
-            )
+            raise ValueError(f"Float: specials must be 'ieee', 'fn', 'fnuz', 'finite' or 'extended', got {specials!r}.")
         if subnormals not in (True, False, "normal"):
             raise ValueError(f"Float: subnormals must be True, False or 'normal', got {subnormals!r}.")
         if specials == "fnuz" and not signed:
@@ -102,7 +100,7 @@ class Float:
         if self.quantum_exponent < -1074 or self._split(self.max_code)[1] + mantissa_bits > 1023:
             raise ValueError(
                 f"Float: {self!r} has values that no float64 holds (from 2^{self.quantum_exponent} to "
-                f"2^{(self.max_code >> mantissa_bits) - bias}); choose a bias nearer to {2 ** (exponent_bits - 1) - 1}."
+                f"2^{(self.max_code >> mantissa_bits) - self.bias}); choose a bias near {2 ** (exponent_bits - 1)}."
             )
 
     def __repr__(self) -> str:

@@ -165,8 +165,8 @@ _GRAMMAR = (
 def format(name: "str | Format") -> Format:
     """Returns the format of a name; a format is returned as it is.
 
-    Names: those of ml_dtypes (``float8_e4m3fn``, ``bfloat16``, ``int4``); short ones (``e4m3`` and the other OCP formats,
-    ``bf16``, ``fp16``, ``tf32``, ``mxfp4``, ``nvfp4``, ``nf4``, ``dfp16`` ...); and the grammar
+    Names: those of ml_dtypes (``float8_e4m3fn``, ``bfloat16``, ``int4``); short ones (``e4m3`` and the other OCP
+    formats, ``bf16``, ``fp16``, ``tf32``, ``mxfp4``, ``nvfp4``, ``nf4``, ``dfp16`` ...); and the grammar
 
     - ``[u]eXmY[bB][ieee|fn|fnuz|finite|extended][_nosub]``: X exponent and Y mantissa bits, bias B, u for unsigned,
       _nosub without subnormals; "ieee" if nothing is said ("fn" if Y is 0), but for the OCP names above;
@@ -193,7 +193,7 @@ def format(name: "str | Format") -> Format:
     return _resolve(name)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _resolve(name: str) -> Format:
     lower = name.lower()
     if lower in _NAMED:

@@ -79,16 +79,16 @@ class Scaled:
         if rule is None:
             rule = "floor" if power_of_two else "absmax"
         if rule not in ("floor", "ceil", "rceil", "even", "absmax", "mse"):
-            raise ValueError(
-                f"Scaled: rule must be 'floor', 'ceil', 'rceil', 'even', 'absmax' or 'mse', got {rule!r}."
-            )
+            raise ValueError(f"Scaled: rule must be 'floor', 'ceil', 'rceil', 'even', 'absmax' or 'mse', got {rule!r}.")
         if isinstance(element, Fixed) and element.overflow == "wrap":
             raise ValueError("Scaled: elements saturate; use a Fixed element with overflow='saturate'.")
         if zero_point is not None and (
             not isinstance(element, Fixed) or element.signed or power_of_two or rule != "absmax"
         ):
-            raise ValueError("Scaled: a zero point needs an unsigned Fixed element, a scale with mantissa and 'absmax'.")
-        if isinstance(element, Scaled) and (power_of_two or rule not in ("absmax", "rceil")):
+            raise ValueError(
+                "Scaled: a zero point needs an unsigned Fixed element, a scale with mantissa and 'absmax'."
+            )
+        if isinstance(element, Scaled) and (power_of_two or rule != "absmax"):
             raise ValueError("Scaled: around a Scaled element the scale needs a mantissa, and the rule 'absmax'.")
         for name, value in (
             ("element", element),
@@ -110,7 +110,9 @@ class Scaled:
         """The storage of an element in bits, its share of the scale of an int or tile block included."""
         if isinstance(self.block, int | tuple):
             shared = self.scale.bits + (self.zero_point.bits if self.zero_point else 0)
-            return self.element.bits + shared / math.prod(self.block if isinstance(self.block, tuple) else (self.block,))
+            return self.element.bits + shared / math.prod(
+                self.block if isinstance(self.block, tuple) else (self.block,)
+            )
         return self.element.bits
 
     @property
