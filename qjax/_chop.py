@@ -60,8 +60,8 @@ def chop(
         For nested formats these are the outermost scales.
       key: the PRNG key, for stochastic modes.
       random_bits: for stochastic modes, how many random bits an element gets (N of the modes' rules), by default all
-        that the word of the carrier has, 32 or 64. Or the random words themselves, an unsigned array of the
-        shape of x, of which every bit counts; then there is no key.
+        that fit: 32, or 64 in float64 (30 and 62 in "stochastic_b" and "stochastic_c"). Or the random words
+        themselves, an unsigned array of the shape of x, of which every bit counts; then there is no key.
       saturate: whether overflow, infinities included, gives the largest value. Elements of ``Scaled`` formats and
         ``Fixed`` formats saturate in any case, as do formats without infinity and NaN.
 

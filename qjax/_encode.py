@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float as FloatArray, UInt
+from jaxtyping import Array, Inexact, UInt
 
 from qjax import _packing, _rounding
 from qjax._blocks import blocks_of
@@ -96,7 +96,7 @@ def _element(fmt: Format) -> Float | Fixed | Codebook:
 
 
 def encode(
-    x: FloatArray[Array, "*shape"] | np.ndarray | float,
+    x: Inexact[Array, "*shape"] | np.ndarray | float,
     fmt: Format | str,
     rounding: RoundingLike = Rounding.NEAREST_EVEN,
     *,
@@ -203,7 +203,7 @@ def _nan_code(fmt: Float) -> int:
     return 1 << (fmt.bits - 1) if fmt.signed else fmt.max_code + 2
 
 
-def decode(q: QTensor) -> FloatArray[Array, "..."]:
+def decode(q: QTensor) -> Inexact[Array, "..."]:
     """Returns the array that a ``QTensor`` stores, in the dtype that was encoded.
 
     Under ``vmap`` a QTensor decodes as it was encoded. Codes that stand for no value (a NaN, an unused code of a

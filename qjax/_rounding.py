@@ -4,7 +4,9 @@ Only integer operations touch the data, for XLA flushes subnormals in float arit
 re-associate floats. The same function runs eagerly, under jit and inside a Pallas body.
 """
 
+import dataclasses
 import enum
+import functools
 from typing import NamedTuple
 
 import jax
@@ -57,7 +59,9 @@ class Rounding(enum.Enum):
         return self.value.startswith("stochastic")
 
 
-class Random(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["bits"])
+@dataclasses.dataclass(frozen=True)
+class Random:
     """Random words, one an element, of which the upper ``bits`` bits count; the lower ones are zero."""
 
     words: jax.Array
@@ -201,7 +205,7 @@ def _round_up(rounding: Rounding, fraction, odd, negative, random: Random | None
         case Rounding.TO_ODD:
             return (fraction != 0) & (odd == 0)
     assert random is not None
-    words, bits = random
+    words, bits = random.words, random.bits
     match rounding:
         case Rounding.STOCHASTIC:
             return fraction + words < fraction
@@ -249,6 +253,8 @@ def round_to(
     mantissa_bits = min(fmt.mantissa_bits, held.nmant) if isinstance(fmt, Float) else held.nmant
     static = isinstance(shift, int)
     grain = fmt.smallest_subnormal if isinstance(fmt, Float) else fmt.eps
+    if static:
+        grain = max(grain, float(held.smallest_subnormal))
     precision, top = mantissa_bits + 1, held.maxexp - 1
     smallest = _bits_of(*_ratio(grain, mantissa_bits), shift, c)
     if isinstance(fmt, Float):

@@ -145,7 +145,7 @@ def posit(bits: int, es: int = 2) -> Codebook:
     """Returns the posit format of ``bits`` bits and ``es`` exponent bits (2 in the standard), 2 to 16 bits.
 
     Rounding to nearest is decided on the bit string, as the standard says: the boundary between two neighbours is the
-    posit of one bit more between them. Nothing but zero rounds to zero, and nothing rounds to NaR.
+    posit of one bit more between them. To nearest, nothing but zero rounds to zero, and no number rounds to NaR.
 
     >>> from qjax import posit
     >>> posit(8).max == 2.0**24

@@ -31,7 +31,8 @@ class Scaled:
         "rceil": ``2^ceil(log2(a / M))`` (NVIDIA; never saturates);
         "even": as floor, of ``a`` rounded to the element's mantissa bits, ties away;
         "absmax": ``a / M``, rounded to nearest in the scale's format;
-        "mse": of some candidates the one of the least squared error (see ``chop``).
+        "mse": the one of the least squared error; of the scale of "floor", its double and its half for scales that are
+        powers of two, else of 1, 31/32 ... 17/32 times the scale of "absmax".
         Default: "floor" for scales that are powers of two, else "absmax".
       zero_point: for an unsigned ``Fixed`` element the format of a zero point z, ``x = scale * (element - z)``, both
         from the smallest and the largest value of the block and zero; else None.

@@ -1,0 +1,207 @@
+"""The slow, obvious oracle of chop.
+
+It shares no code with qjax and reads only the fields of a format. Arithmetic is exact: on rationals (``exact=True``), or
+on float64 where every step is exact because numbers are float32 or spacings are powers of two; ``test_oracle.py``
+checks that the two agree, and that they agree with MPFR, ml_dtypes, gfloat and NumPy.
+"""
+
+import bisect
+import functools
+import math
+from fractions import Fraction
+
+import numpy as np
+
+import qjax
+from qjax import Rounding as R
+
+DETERMINISTIC = tuple(rounding for rounding in R if not rounding.value.startswith("stochastic"))
+
+
+def goes_up(rounding: R, d, odd, negative, draw=0, bits: int = 1):
+    """Returns whether numbers at distance d in [0, 1) of their spacing round away from zero."""
+    half, steps = Fraction(1, 2), 2**bits
+    if d.dtype != object:
+        half = 0.5
+    match rounding:
+        case R.NEAREST_EVEN:
+            return (d > half) | ((d == half) & odd)
+        case R.NEAREST_ODD:
+            return (d > half) | ((d == half) & ~odd)
+        case R.NEAREST_AWAY:
+            return d >= half
+        case R.NEAREST_ZERO:
+            return d > half
+        case R.TOWARD_ZERO:
+            return d < 0
+        case R.TOWARD_POSITIVE:
+            return (d > 0) & ~negative
+        case R.TOWARD_NEGATIVE:
+            return (d > 0) & negative
+        case R.TO_ODD:
+            return (d > 0) & ~odd
+        case R.STOCHASTIC:
+            return d * steps // 1 + draw >= steps
+        case R.STOCHASTIC_B:
+            return d * 2 * steps // 1 + 2 * draw + 1 >= 2 * steps
+        case R.STOCHASTIC_C:
+            whole = d * steps // 1
+            rest = d * steps - whole
+            return whole + ((rest > half) | ((rest == half) & (whole % 2 == 1))) + draw >= steps
+        case R.STOCHASTIC_EQUAL:
+            return (d > 0) & (draw >= steps // 2)
+
+
+def code_at(fmt: qjax.Float, place: int) -> int:
+    """Returns the magnitude code of the place-th value; without subnormals those of exponent field 0 but 0 are left out."""
+    return place + 2**fmt.mantissa_bits - 1 if fmt.subnormals is False and place > 0 else place
+
+
+def count(fmt: qjax.Float) -> int:
+    """Returns the number of finite magnitudes."""
+    reserved = {"ieee": 2**fmt.mantissa_bits, "fn": 1, "fnuz": 0, "finite": 0, "extended": 1 if fmt.signed else 2}
+    codes = 2 ** (fmt.exponent_bits + fmt.mantissa_bits) - reserved[fmt.specials]
+    return codes if fmt.subnormals is not False else codes - 2**fmt.mantissa_bits + 1
+
+
+def magnitude(fmt: qjax.Float, place: int) -> Fraction:
+    """Returns the place-th magnitude; those after the last go on as if the exponent field were wider."""
+    field, fraction = divmod(code_at(fmt, place), 2**fmt.mantissa_bits)
+    if fmt.subnormals == "normal":
+        hidden = place > 0 or fmt.mantissa_bits == 0
+    else:
+        hidden, field = field > 0, max(field, 1)
+    return (fraction + hidden * 2**fmt.mantissa_bits) * Fraction(2) ** (field - fmt.bias - fmt.mantissa_bits)
+
+
+def _float(value: Fraction) -> float:
+    """Returns the float64 that a value is, infinity beyond the range."""
+    return float(value) if value < 2**1024 else math.inf
+
+
+def largest(fmt: qjax.Float, held) -> float:
+    """Returns the largest value that a dtype holds."""
+    top = Fraction(float(held.max))
+    place = bisect.bisect_right(range(count(fmt)), top, key=lambda i: magnitude(fmt, i)) - 1
+    return toward_zero(magnitude(fmt, place), held)
+
+
+def toward_zero(value: Fraction, held) -> float:
+    """Returns the largest number of a dtype up to a magnitude, with its sign."""
+    if abs(value) > Fraction(float(held.max)):
+        return math.copysign(float(held.max), value)
+    drop = max(abs(value.numerator).bit_length() - held.nmant - 1, 0)
+    return math.copysign(float(Fraction(abs(value.numerator) >> drop << drop, value.denominator)), value)
+
+
+@functools.lru_cache(maxsize=8)
+@np.errstate(over="ignore")
+def _table(fmt: qjax.Float, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (values, codes) of the magnitudes that a dtype holds, and of the first one that is too large."""
+    values = np.array([_float(magnitude(fmt, place)) for place in range(count(fmt) + 1)])
+    held = values.astype(dtype).astype(np.float64) == values
+    held[np.flatnonzero(held[:-1])[-1] + 1] = True
+    return values[held], np.array([code_at(fmt, place) for place in np.flatnonzero(held).tolist()])
+
+
+def _neighbours(fmt: qjax.Float, size: np.ndarray, dtype: np.dtype, exact: bool):
+    """Returns (odd, low, high): the last magnitude up to each size, or zero, whether its code is odd, and the next."""
+    if exact:
+        every = range(count(fmt) + 1)
+        places = [bisect.bisect_right(every, s, key=lambda i: magnitude(fmt, i)) - 1 for s in size]
+        odd = np.array([code_at(fmt, i) % 2 == 1 if i >= 0 else False for i in places], bool)
+        low = [magnitude(fmt, i) if i >= 0 else Fraction(0) for i in places]
+        return odd, np.array(low, object), np.array([magnitude(fmt, i + 1) for i in places], object)
+    values, codes = _table(fmt, dtype)
+    index = np.searchsorted(values, size, side="right") - 1
+    odd = (index >= 0) & (codes[index] % 2 == 1)
+    low = np.where(index < 0, 0.0, values[index])
+    # From the first number on that is too large any next one will do.
+    return odd, low, np.where(index == len(values) - 1, math.inf, values[np.minimum(index + 1, len(values) - 1)])
+
+
+@np.errstate(invalid="ignore")
+def round_float(x, fmt: qjax.Float, rounding: R, held, *, saturate=False, draw=0, bits=1, exact=False) -> np.ndarray:
+    """Returns float64 x rounded to the format as ``qjax.chop`` says it, for a dtype with the ``finfo`` held."""
+    x = np.asarray(x, np.float64)
+    negative, finite, nan = np.signbit(x), np.isfinite(x), np.isnan(x)
+    size = np.abs(np.where(finite, x, 0.0))
+    if exact:
+        size = np.array([Fraction(s) for s in size], object)
+    odd, low, high = _neighbours(fmt, size, held.dtype, exact)
+    d = (size - low) / (high - low)
+    up = np.asarray(goes_up(rounding, d, odd, negative, draw, bits), bool)
+    size = np.where(up, high, low)
+
+    has_inf, has_nan = fmt.specials in ("ieee", "extended"), fmt.specials != "finite"
+    maximum = largest(fmt, held)
+    lowest = float(max(magnitude(fmt, 0), Fraction(float(held.smallest_subnormal)))) if magnitude(fmt, 0) else 0.0
+    saturate = saturate or not has_nan
+    over = (size > maximum) | np.isinf(x)
+    result = np.maximum(np.where(over, 0, size).astype(np.float64), lowest)
+    inward = {R.TOWARD_ZERO: True, R.TO_ODD: True, R.TOWARD_POSITIVE: negative, R.TOWARD_NEGATIVE: ~negative}
+    kept = finite & inward.get(rounding, False)
+    result = np.where(over, np.where(saturate | kept, maximum, math.inf if has_inf else math.nan), result)
+    if fmt.signed:
+        result = np.where(negative, -result, result)
+        if fmt.specials in ("fnuz", "extended"):
+            result = np.where(result == 0, 0.0, result)
+    else:
+        outside = negative & (x != 0) & (result != 0)
+        result = np.where(outside, lowest if saturate else math.nan, result)
+    return np.where(nan, math.nan if has_nan else maximum, result)
+
+
+def round_fixed(x, fmt: qjax.Fixed, rounding: R, held, *, draw=0, bits=1) -> np.ndarray:
+    """Returns float64 x rounded to a fixed-point format, for a dtype with the ``finfo`` held."""
+    x = np.asarray(x, np.float64)
+    negative, finite = np.signbit(x), np.isfinite(x)
+    size = np.ldexp(np.abs(np.where(finite, x, 0.0)), fmt.fraction_bits)
+    low = np.floor(size)
+    size = low + goes_up(rounding, size - low, low % 2 == 1, negative, draw, bits)
+    top = 2 ** (fmt.bits - fmt.signed) - 1
+    bottom = (-top - (not fmt.symmetric)) if fmt.signed else 0
+    ends = [Fraction(int(end)) / Fraction(2) ** fmt.fraction_bits for end in (bottom, top)]
+    if fmt.overflow == "wrap":
+        whole = [int(s) * (-1 if n else 1) for s, n in zip(np.where(finite, size, 0).flat, negative.flat, strict=True)]
+        value = np.array([(k - bottom) % 2**fmt.bits + bottom for k in whole], np.float64).reshape(x.shape)
+        return np.ldexp(value, -fmt.fraction_bits) + 0.0
+    low, high = (toward_zero(end, held) for end in ends)
+    value = np.ldexp(np.where(negative, -size, size), -fmt.fraction_bits)
+    value = np.where(np.isinf(x), np.copysign(np.inf, x), value)
+    return np.where(np.isnan(x), 0.0, np.clip(value, low, high)) + 0.0
+
+
+def round_codebook(x, fmt: qjax.Codebook, rounding: R, *, saturate=False) -> np.ndarray:
+    """Returns float64 x rounded to a codebook whose values the carrier holds."""
+    values = [Fraction(v) for v in fmt.table]
+
+    def one(x: float) -> float:
+        if math.isnan(x) or (math.isinf(x) and fmt.nan and not saturate):
+            return math.nan if fmt.nan else fmt.table[-1]
+        place = bisect.bisect_right(fmt.table, x) - 1
+        if place < 0 or place == len(values) - 1 or x == fmt.table[place]:
+            return fmt.table[max(place, 0)]
+        low, high = values[place], values[place + 1]
+        middle = Fraction(fmt.boundaries[place]) if fmt.boundaries else (low + high) / 2
+        zero_is_below, high_is_odd = abs(low) < abs(high), (fmt.first_code + place + 1) % 2 == 1
+        if abs(low) == abs(high):
+            zero_is_below = None
+        # A boundary that is a value itself separates it from all others: nothing else rounds to it.
+        tie = middle == Fraction(x) and middle not in (low, high)
+        above = Fraction(x) > middle or (Fraction(x) == middle and middle == low)
+        up = {
+            R.TOWARD_POSITIVE: True,
+            R.TOWARD_NEGATIVE: False,
+            R.TOWARD_ZERO: zero_is_below is False if zero_is_below is not None else None,
+            R.TO_ODD: high_is_odd,
+            R.NEAREST_EVEN: not high_is_odd if tie else above,
+            R.NEAREST_ODD: high_is_odd if tie else above,
+            R.NEAREST_AWAY: zero_is_below is True if tie else above,
+            R.NEAREST_ZERO: zero_is_below is False if tie else above,
+        }[rounding]
+        if up is None:
+            up = (not high_is_odd) if tie else above
+        return fmt.table[place + bool(up)]
+
+    return np.array([one(float(v)) for v in np.ravel(x)]).reshape(np.shape(x))

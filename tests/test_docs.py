@@ -1,0 +1,63 @@
+"""The pages: every public name is there, every example runs, every link leads somewhere."""
+
+import doctest
+import pathlib
+import re
+
+import pytest
+
+import qjax
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+FORMATS = qjax.Float | qjax.Fixed | qjax.Codebook | qjax.Scaled
+OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+@pytest.mark.parametrize("name", qjax.__all__)
+def test_every_public_name_is_documented(name):
+    reference, thing = (ROOT / "docs" / "api.md").read_text(), getattr(qjax, name)
+    if isinstance(thing, FORMATS):
+        assert f"`{name}`" in reference
+        assert qjax.format(name.lower()) is thing
+        assert name.lower() in qjax.format_names()
+    elif f"### `{name}`" not in reference:
+        assert f"\n::: qjax.{name}\n" in reference
+        assert thing.__doc__ and thing.__module__.startswith("qjax")
+        assert not thing.__doc__.startswith(f"{name}("), "the docstring is the one that dataclass writes"
+
+
+def test_the_reference_names_nothing_else():
+    reference = (ROOT / "docs" / "api.md").read_text()
+    assert set(re.findall(r"^(?:::: qjax\.|### `)(\w+)", reference, re.MULTILINE)) <= set(qjax.__all__)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("README.md")], ids=lambda page: page.name)
+def test_examples(page):
+    """The pycon blocks of a page are one session."""
+    text = page.read_text()
+    blocks = re.finditer(r"^```pycon\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    runner, parser, names = doctest.DocTestRunner(verbose=False, optionflags=OPTIONS), doctest.DocTestParser(), {}
+    report: list[str] = []
+    for block in blocks:
+        test = parser.get_doctest(block[1], names, page.name, str(page), text[: block.start(1)].count("\n"))
+        runner.run(test, out=report.append, clear_globs=False)
+        names = test.globs
+    assert not runner.failures, "".join(report)
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """Returns what a link to a page may end in: its headings as MkDocs writes them, and its API entries."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+    return slugs | set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links(page):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]*)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
