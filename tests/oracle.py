@@ -1,8 +1,8 @@
 """The slow, obvious oracle of chop.
 
-It shares no code with qjax and reads only the fields of a format. Arithmetic is exact: on rationals (``exact=True``), or
-on float64 where every step is exact because numbers are float32 or spacings are powers of two; ``test_oracle.py``
-checks that the two agree, and that they agree with MPFR, ml_dtypes, gfloat and NumPy.
+It shares no code with qjax and reads only the fields of a format. Arithmetic is exact: on rationals (``exact=True``),
+or on float64 where every step is exact because numbers are float32 or spacings are powers of two;
+``test_oracle.py`` checks that the two agree, and that they agree with MPFR, ml_dtypes, gfloat and NumPy.
 """
 
 import bisect
@@ -53,7 +53,7 @@ def goes_up(rounding: R, d, odd, negative, draw=0, bits: int = 1):
 
 
 def code_at(fmt: qjax.Float, place: int) -> int:
-    """Returns the magnitude code of the place-th value; without subnormals those of exponent field 0 but 0 are left out."""
+    """Returns the magnitude code of the place-th value: without subnormals, field 0 holds zero only."""
     return place + 2**fmt.mantissa_bits - 1 if fmt.subnormals is False and place > 0 else place
 
 

@@ -2,12 +2,11 @@
 
 import functools
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from oracle import count, magnitude
 
 import qjax
-from oracle import count, magnitude
 
 # Every kind of special codes, bias, subnormals, sign and width, one a line where they are one family.
 FLOATS = [

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
 import oracle
-import qjax
+import pytest
 from tables import CARRIERS, FLOATS, critical, every, finfo, same_bits
+
+import qjax
 
 
 @pytest.mark.parametrize("rounding", oracle.DETERMINISTIC, ids=lambda r: r.value)
