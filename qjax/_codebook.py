@@ -28,13 +28,14 @@ def _table(fmt: Codebook, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
 def _goes_up(fmt: Codebook, rounding: Rounding, i: int, j: int, low: Fraction, high: Fraction) -> tuple[Fraction, bool]:
     """Returns (b, tie): numbers above b, and b itself if tie, go to ``high`` at position j, others to ``low`` at i."""
     toward_zero = low if abs(low) < abs(high) else high
+    sizes_differ = abs(low) != abs(high)
     odd_high = bool((fmt.first_code + j) & 1)
     match rounding:
         case Rounding.TOWARD_NEGATIVE:
             return high, True
         case Rounding.TOWARD_POSITIVE:
             return low, False
-        case Rounding.TOWARD_ZERO if abs(low) != abs(high):
+        case Rounding.TOWARD_ZERO if sizes_differ:
             return (high, True) if toward_zero == low else (low, False)
         case Rounding.TO_ODD:
             return (low, False) if odd_high else (high, True)
@@ -46,9 +47,9 @@ def _goes_up(fmt: Codebook, rounding: Rounding, i: int, j: int, low: Fraction, h
     if boundary in (low, high):
         return boundary, boundary == high
     match rounding:
-        case Rounding.NEAREST_AWAY:
+        case Rounding.NEAREST_AWAY if sizes_differ:
             return boundary, toward_zero == low
-        case Rounding.NEAREST_ZERO:
+        case Rounding.NEAREST_ZERO if sizes_differ:
             return boundary, toward_zero == high
         case Rounding.NEAREST_ODD:
             return boundary, odd_high

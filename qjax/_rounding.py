@@ -260,8 +260,10 @@ def round_to(
     if isinstance(fmt, Float):
         largest = lowest = _limit(*fmt._split(fmt.max_code), shift, precision, top, c)
     else:
-        largest = _limit(fmt.max_integer, fmt.quantum_exponent, shift, precision, top, c)
-        lowest = _limit(-fmt.min_integer, fmt.quantum_exponent, shift, precision, top, c)
+        largest, lowest = (
+            _limit(integer, fmt.quantum_exponent, shift, precision, top, c, grid=fmt.quantum_exponent + shift)
+            for integer in (fmt.max_integer, -fmt.min_integer)
+        )
     if not static:
         # The barrier makes XLA compute these once a block; it would fuse them into the work on every element.
         shift, smallest, largest, lowest = map(spread, lax.optimization_barrier((shift, smallest, largest, lowest)))
@@ -370,11 +372,17 @@ def _ratio(value: float, mantissa_bits: int) -> tuple[int, int]:
     return -(-k >> drop), q + drop
 
 
-def _limit(value: int, power: int, shift, precision: int, top: int, c: Carrier):
-    """Returns the bits of the largest number of ``precision`` bits, of exponent at most top, up to the scaled value."""
-    ceiling = _static_bits(2**precision - 1, top - precision + 1, c)
+def _limit(value: int, power: int, shift, precision: int, top: int, c: Carrier, grid=None):
+    """Returns the bits of the largest number up to ``value 2^(power + shift)`` of ``precision`` bits, exponent <= top.
+
+    It is a multiple of ``2^grid``, if that is given.
+    """
+    ceiling = c.uint(_static_bits(2**precision - 1, top - precision + 1, c))
+    if grid is not None:
+        finer = jnp.clip(grid - (top - c.mantissa_bits), 0, c.mantissa_bits).astype(c.uint)
+        ceiling = ceiling >> finer << finer
     drop = max(value.bit_length() - precision, 0)
-    return jnp.minimum(_bits_of(value >> drop, power + drop, shift, c), c.uint(ceiling))
+    return jnp.minimum(_bits_of(value >> drop, power + drop, shift, c), ceiling)
 
 
 def _fraction_of_odd(significand, field, first_field, mantissa_bits: int, c: Carrier):

@@ -205,9 +205,15 @@ def _quantize_affine(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random:
     element, zero_point = fmt.element, fmt.zero_point
     assert isinstance(element, Fixed) and zero_point is not None
     c = _rounding.carrier(x.dtype)
-    below = blocks.maximum(jnp.maximum(-x, 0))
+    bits = _rounding.to_bits(x, c)
+    negative, magnitude = bits >= c.uint(c.sign), bits & c.uint(c.sign - 1)
+    # Integers keep a NaN, which XLA's maximum of floats may lose.
+    below, above = (
+        _rounding.flush(_rounding.from_bits(blocks.maximum(jnp.where(side, magnitude, 0)), c))
+        for side in (negative, ~negative)
+    )
     if scale is None:
-        span = _rounding.to_bits(blocks.maximum(jnp.maximum(x, 0)) + below, c)
+        span = _rounding.to_bits(above + below, c)
         scale = _nearest_scale(_quotient(span, element.max, c), fmt)
         scale = jnp.where(span >= c.uint(c.inf), c.float(np.nan), scale)
     zero = _rounding.round_to(_divide(below, scale), zero_point, Rounding.NEAREST_EVEN)

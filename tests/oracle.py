@@ -7,9 +7,11 @@ or on float64 where every step is exact because numbers are float32 or spacings 
 
 import bisect
 import functools
+import itertools
 import math
 from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 
 import qjax
@@ -79,8 +81,10 @@ def _float(value: Fraction) -> float:
     return float(value) if value < 2**1024 else math.inf
 
 
-def largest(fmt: qjax.Float, held) -> float:
+@functools.cache
+def largest(fmt: qjax.Float, dtype: np.dtype) -> float:
     """Returns the largest value that a dtype holds."""
+    held = finfo_of(dtype)
     top = Fraction(float(held.max))
     place = bisect.bisect_right(range(count(fmt)), top, key=lambda i: magnitude(fmt, i)) - 1
     return toward_zero(magnitude(fmt, place), held)
@@ -120,10 +124,16 @@ def _neighbours(fmt: qjax.Float, size: np.ndarray, dtype: np.dtype, exact: bool)
     return odd, low, np.where(index == len(values) - 1, math.inf, values[np.minimum(index + 1, len(values) - 1)])
 
 
+def is_wide(fmt: qjax.Float) -> bool:
+    """Returns whether a format has too many values for a table, or values next to the end of float64."""
+    return fmt.bits > 19 or fmt.exponent_bits > 10
+
+
 @np.errstate(invalid="ignore")
 def round_float(x, fmt: qjax.Float, rounding: R, held, *, saturate=False, draw=0, bits=1, exact=False) -> np.ndarray:
     """Returns float64 x rounded to the format as ``qjax.chop`` says it, for a dtype with the ``finfo`` held."""
-    x = np.asarray(x, np.float64)
+    exact = exact or is_wide(fmt)
+    shape, x = np.shape(x), np.ravel(x).astype(np.float64)
     negative, finite, nan = np.signbit(x), np.isfinite(x), np.isnan(x)
     size = np.abs(np.where(finite, x, 0.0))
     if exact:
@@ -134,7 +144,7 @@ def round_float(x, fmt: qjax.Float, rounding: R, held, *, saturate=False, draw=0
     size = np.where(up, high, low)
 
     has_inf, has_nan = fmt.specials in ("ieee", "extended"), fmt.specials != "finite"
-    maximum = largest(fmt, held)
+    maximum = largest(fmt, held.dtype)
     lowest = float(max(magnitude(fmt, 0), Fraction(float(held.smallest_subnormal)))) if magnitude(fmt, 0) else 0.0
     saturate = saturate or not has_nan
     over = (size > maximum) | np.isinf(x)
@@ -149,22 +159,26 @@ def round_float(x, fmt: qjax.Float, rounding: R, held, *, saturate=False, draw=0
     else:
         outside = negative & (x != 0) & (result != 0)
         result = np.where(outside, lowest if saturate else math.nan, result)
-    return np.where(nan, math.nan if has_nan else maximum, result)
+    return np.where(nan, math.nan if has_nan else maximum, result).reshape(shape)
 
 
+@np.errstate(over="ignore", invalid="ignore", under="ignore")
 def round_fixed(x, fmt: qjax.Fixed, rounding: R, held, *, draw=0, bits=1) -> np.ndarray:
     """Returns float64 x rounded to a fixed-point format, for a dtype with the ``finfo`` held."""
     x = np.asarray(x, np.float64)
     negative, finite = np.signbit(x), np.isfinite(x)
-    size = np.ldexp(np.abs(np.where(finite, x, 0.0)), fmt.fraction_bits)
+    size = np.abs(np.where(finite, x, 0.0))
+    # What is lost below the smallest float64 is not zero.
+    size = np.where(size > 0, np.maximum(np.ldexp(size, fmt.fraction_bits), 2.0**-1074), 0)
     low = np.floor(size)
     size = low + goes_up(rounding, size - low, low % 2 == 1, negative, draw, bits)
     top = 2 ** (fmt.bits - fmt.signed) - 1
     bottom = (-top - (not fmt.symmetric)) if fmt.signed else 0
     ends = [Fraction(int(end)) / Fraction(2) ** fmt.fraction_bits for end in (bottom, top)]
     if fmt.overflow == "wrap":
-        whole = [int(s) * (-1 if n else 1) for s, n in zip(np.where(finite, size, 0).flat, negative.flat, strict=True)]
-        value = np.array([(k - bottom) % 2**fmt.bits + bottom for k in whole], np.float64).reshape(x.shape)
+        # Beyond 2^1024 all numbers are multiples of 2^bits.
+        whole = np.where(np.isfinite(size) & finite, np.where(negative, -size, size), 0)
+        value = np.array([(int(k) - bottom) % 2**fmt.bits + bottom for k in whole.flat], np.float64).reshape(x.shape)
         return np.ldexp(value, -fmt.fraction_bits) + 0.0
     low, high = (toward_zero(end, held) for end in ends)
     value = np.ldexp(np.where(negative, -size, size), -fmt.fraction_bits)
@@ -172,36 +186,143 @@ def round_fixed(x, fmt: qjax.Fixed, rounding: R, held, *, draw=0, bits=1) -> np.
     return np.where(np.isnan(x), 0.0, np.clip(value, low, high)) + 0.0
 
 
-def round_codebook(x, fmt: qjax.Codebook, rounding: R, *, saturate=False) -> np.ndarray:
-    """Returns float64 x rounded to a codebook whose values the carrier holds."""
-    values = [Fraction(v) for v in fmt.table]
+def round_codebook(x, fmt: qjax.Codebook, rounding: R, held, *, saturate=False) -> np.ndarray:
+    """Returns float64 x rounded to those values of a codebook in the range of the dtype of ``finfo`` held."""
+    smallest, greatest = float(held.smallest_subnormal), float(held.max)
+    places = [i for i, v in enumerate(fmt.table) if v == 0 or smallest <= abs(v) <= greatest]
+    table = [fmt.table[i] for i in places]
 
     def one(x: float) -> float:
         if math.isnan(x) or (math.isinf(x) and fmt.nan and not saturate):
-            return math.nan if fmt.nan else fmt.table[-1]
-        place = bisect.bisect_right(fmt.table, x) - 1
-        if place < 0 or place == len(values) - 1 or x == fmt.table[place]:
-            return fmt.table[max(place, 0)]
-        low, high = values[place], values[place + 1]
-        middle = Fraction(fmt.boundaries[place]) if fmt.boundaries else (low + high) / 2
-        zero_is_below, high_is_odd = abs(low) < abs(high), (fmt.first_code + place + 1) % 2 == 1
-        if abs(low) == abs(high):
-            zero_is_below = None
+            return math.nan if fmt.nan else table[-1]
+        i = bisect.bisect_right(table, x) - 1
+        if i < 0 or i == len(table) - 1 or x == table[i]:
+            return table[max(i, 0)]
+        low, high = Fraction(table[i]), Fraction(table[i + 1])
+        middle = (low + high) / 2
+        if fmt.boundaries:
+            # Where values are left out, the boundary next to the smaller magnitude.
+            middle = Fraction(fmt.boundaries[places[i] if abs(low) < abs(high) else places[i + 1] - 1])
+        high_is_odd = (fmt.first_code + places[i + 1]) % 2 == 1
         # A boundary that is a value itself separates it from all others: nothing else rounds to it.
         tie = middle == Fraction(x) and middle not in (low, high)
-        above = Fraction(x) > middle or (Fraction(x) == middle and middle == low)
+        nearer = Fraction(x) > middle or (Fraction(x) == middle and middle == low)
+        even = not high_is_odd if tie else nearer
+        size_grows, same_size = abs(low) < abs(high), abs(low) == abs(high)
         up = {
             R.TOWARD_POSITIVE: True,
             R.TOWARD_NEGATIVE: False,
-            R.TOWARD_ZERO: zero_is_below is False if zero_is_below is not None else None,
             R.TO_ODD: high_is_odd,
-            R.NEAREST_EVEN: not high_is_odd if tie else above,
-            R.NEAREST_ODD: high_is_odd if tie else above,
-            R.NEAREST_AWAY: zero_is_below is True if tie else above,
-            R.NEAREST_ZERO: zero_is_below is False if tie else above,
+            R.NEAREST_EVEN: even,
+            R.NEAREST_ODD: high_is_odd if tie else nearer,
+            R.TOWARD_ZERO: even if same_size else not size_grows,
+            R.NEAREST_AWAY: even if same_size or not tie else size_grows,
+            R.NEAREST_ZERO: even if same_size or not tie else not size_grows,
         }[rounding]
-        if up is None:
-            up = (not high_is_odd) if tie else above
-        return fmt.table[place + bool(up)]
+        return table[i + bool(up)]
 
     return np.array([one(float(v)) for v in np.ravel(x)]).reshape(np.shape(x))
+
+
+def blocks(shape: tuple[int, ...], block, axis: int):
+    """Yields an index for each block of an array."""
+    if isinstance(block, tuple):
+        sizes = (1,) * (len(shape) - len(block)) + block
+    elif block is None:
+        sizes = shape
+    else:
+        sizes = [1] * len(shape)
+        sizes[axis] = shape[axis] if block == "axis" else block
+    starts = (range(0, n, size) for n, size in zip(shape, sizes, strict=True))
+    for start in itertools.product(*starts):
+        yield tuple(slice(i, i + size) for i, size in zip(start, sizes, strict=True))
+
+
+def floor_log2(a: Fraction) -> int:
+    k = a.numerator.bit_length() - a.denominator.bit_length()
+    return k if Fraction(2) ** k <= a else k - 1
+
+
+def scale_exponent(a: Fraction, fmt: qjax.Scaled) -> int:
+    """Returns the exponent of the scale of a block whose largest magnitude is ``a``, by the rule of the format."""
+    lowest, highest = floor_log2(Fraction(fmt.scale.smallest_subnormal)), floor_log2(Fraction(fmt.scale.max))
+    if a == 0:
+        return lowest
+    most = Fraction(fmt.element.max)
+    match fmt.rule:
+        case "floor":
+            k = floor_log2(a) - floor_log2(most)
+        case "ceil":
+            k = -floor_log2(1 / a) - floor_log2(most)
+        case "rceil":
+            k = -floor_log2(most / a)
+        case "even":
+            step = Fraction(2) ** (floor_log2(a) - fmt.element.mantissa_bits)
+            k = floor_log2((a / step + Fraction(1, 2)) // 1 * step) - floor_log2(most)
+    return min(max(k, lowest), highest)
+
+
+def flush(x):
+    """Returns float32 or float64 numbers with subnormals as zeros."""
+    return np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.copysign(0, x).astype(x.dtype), x)
+
+
+@np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore")
+def round_scaled(x, fmt: qjax.Format, rounding: R, held, *, axis=-1, scales=None) -> np.ndarray:
+    """Returns x, in the dtype that is computed with (float32 or float64), rounded to any format.
+
+    Args:
+      scales: a function from the exact scale that "absmax" would take to the one to take instead.
+    """
+    wide = finfo_of(x.dtype)
+    if isinstance(fmt, qjax.Float):
+        return round_float(x, fmt, rounding, held, saturate=True).astype(x.dtype)
+    if isinstance(fmt, qjax.Fixed):
+        return round_fixed(x, fmt, rounding, held).astype(x.dtype)
+    if isinstance(fmt, qjax.Codebook):
+        return round_codebook(x, fmt, rounding, held, saturate=True).astype(x.dtype)
+    result = np.empty_like(x)
+    for index in blocks(x.shape, fmt.block, axis):
+        part = x[index]
+        special = not np.isfinite(part).all()
+        if special and fmt.scale.specials != "finite":
+            result[index] = np.nan
+            continue
+        a = np.abs(part).max(initial=0)
+        if fmt.scale.mantissa_bits == 0 and not isinstance(fmt.element, qjax.Codebook):
+            k = floor_log2(Fraction(fmt.scale.max)) if special else scale_exponent(Fraction(float(a)), fmt)
+            unscaled = round_scaled(np.ldexp(part.astype(np.float64), -k), fmt.element, rounding, finfo_of(np.float64))
+            if Fraction(fmt.element.max) * Fraction(2) ** k > float(held.max):
+                within = [v for v in fmt.element.values() if abs(Fraction(v)) * Fraction(2) ** k <= float(held.max)]
+                unscaled = np.clip(unscaled, within[0], within[-1])
+            result[index] = np.ldexp(unscaled, k)
+            continue
+        zero_point = fmt.zero_point is not None
+        span = part.max(initial=0) + (-part).max(initial=0) if zero_point else a
+        ratio = flush(flush(span) / x.dtype.type(fmt.element.max))
+        scale = flush(round_float(ratio, fmt.scale, R.NEAREST_EVEN, wide, saturate=True).astype(x.dtype))
+        if fmt.rule != "absmax":
+            scale = x.dtype.type(2.0 ** scale_exponent(Fraction(float(a)), fmt))
+        if scales is not None:
+            scale = scales(scale)
+        divided = flush(flush(part) / (scale if scale else np.inf))
+        if zero_point:
+            z = round_fixed(
+                flush(flush((-part).max(initial=0)) / (scale or np.inf)), fmt.zero_point, R.NEAREST_EVEN, wide
+            )
+            steps = round_fixed(divided, qjax.Fixed(fmt.element.bits + 2), rounding, wide)
+            quantized = (np.clip(steps + z, 0, fmt.element.max) - z).astype(x.dtype)
+        else:
+            quantized = round_scaled(divided, fmt.element, rounding, wide, axis=axis)
+        result[index] = flush(quantized * scale)
+    return (
+        round_float(result, _format_of(held), R.NEAREST_EVEN, held).astype(x.dtype) if held.dtype != x.dtype else result
+    )
+
+
+def finfo_of(dtype):
+    return ml_dtypes.finfo(np.dtype(dtype))
+
+
+def _format_of(held) -> qjax.Float:
+    return qjax.Float(held.bits - held.nmant - 1, held.nmant)

@@ -21,7 +21,7 @@ class Codebook:
       name: what ``qjax.format`` calls it, if anything; shown by ``repr``.
       boundaries: ``boundaries[i]`` is where rounding to nearest changes from ``values[i]`` to ``values[i + 1]``.
         Default: the midpoints, exact. A number on a boundary goes to the even code (nearest_even), the odd one
-        (nearest_odd), the larger or smaller magnitude (nearest_away, nearest_zero).
+        (nearest_odd), the larger or smaller magnitude (nearest_away, nearest_zero; the even code if they are equal).
       first_code: the code of ``values[0]``; codes count up from it modulo ``2^bits``.
       nan: whether the code before the first is NaN (NaR in posits and takums).
 
