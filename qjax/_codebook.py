@@ -99,7 +99,9 @@ def round_to_codebook(
     else:
         index = jnp.searchsorted(thresholds, ordinal, side="right", method="scan_unrolled").astype(jnp.int32)
     if rounding.is_stochastic:
-        index = _draw(x, index, values, fmt, kept, rounding, random, c)
+        lowest = c.int(_ordinal_of(table[:1].astype(c.float))[0])
+        inside = jnp.where(ordinal < lowest, values[0], x)
+        index = _draw(inside, index, values, fmt, kept, rounding, random, c)
     result = values[index]
     position = jnp.asarray(kept.astype(np.int32))[index]
     magnitude = bits & c.int(np.iinfo(c.int).max)
@@ -112,7 +114,7 @@ def round_to_codebook(
 
 
 def _draw(x, index, values, fmt: Codebook, kept: np.ndarray, rounding: Rounding, random: Random | None, c):
-    """Returns the index after a stochastic choice between ``values[index]`` and the next."""
+    """Returns the index after a stochastic choice between ``values[index]`` and the next, for x not below the first."""
     high_index = jnp.minimum(index + 1, len(kept) - 1)
     low, high = values[index], values[high_index]
     # The nearer one to zero is the lower neighbour, so that the rule is odd, as it is for floats.
@@ -121,8 +123,11 @@ def _draw(x, index, values, fmt: Codebook, kept: np.ndarray, rounding: Rounding,
     distance = jnp.where(high_index == index, c.float(0), (x - near) / jnp.where(near == far, c.float(1), far - near))
     distance = jnp.clip(distance, c.float(0), c.float(1))
     fraction = (distance * c.float(2.0 ** (c.width - 2))).astype(c.int).astype(c.uint)
-    fraction = jnp.minimum(fraction, c.uint(2 ** (c.width - 2) - 1)) << 2
+    # The lowest bit says that x is not exact, however near it is to the value.
+    inexact = (_rounding.to_bits(x, c) ^ _rounding.to_bits(near, c)) & c.uint(c.sign - 1) != 0
+    fraction = jnp.minimum(fraction, c.uint(2 ** (c.width - 2) - 1)) << 2 | inexact.astype(c.uint)
     near_index = jnp.where(negative, high_index, index)
     odd = (jnp.asarray(kept.astype(np.uint32))[near_index] + np.uint32(fmt.first_code % 2)).astype(c.uint) & 1
     up = _rounding._round_up(rounding, fraction, odd, x < 0, random, c)
+    up = up | (_rounding.to_bits(x, c) == _rounding.to_bits(far, c))
     return jnp.where(up, jnp.where(negative, index, high_index), near_index)
