@@ -224,6 +224,9 @@ def targets(results: dict, options):
                 continue
             ours, where = median(seconds[*case, "qjax"]), f"{arg.format} {arg.rounding}, {size:,} elements"
             yield f"{arg.target[0]}: ratio to x * c", where, ours / median(seconds[MULTIPLY]), arg.target[1]
+            if (*case, "qjax, kept") in seconds and size >= 10**7 and arg.target[1] < 2:
+                kept = median(seconds[*case, "qjax, kept"]) / median(seconds[MULTIPLY_KEPT])
+                yield "not donated: ratio to a kept x * c", where, kept, 1.1
             for peer, speedup in (("pychop", 25 if stochastic else 15), ("gfloat", 25 if stochastic else 5)):
                 if (*case, peer) in seconds and arg.rounding in ("nearest_even", "stochastic"):
                     faster = median(seconds[*case, peer]) / ours

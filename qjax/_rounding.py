@@ -313,7 +313,13 @@ def round_to(
 
     if isinstance(fmt, Float) and fmt.subnormals == "normal" and fmt.mantissa_bits > 0:
         beneath = magnitude < smallest
-        near = _fraction_of_odd(significand, field, fmt.emin + c.bias + shift, mantissa_bits, c)
+        if rounding.is_stochastic:
+            near = _fraction_of_odd(significand, field, fmt.emin + c.bias + shift, mantissa_bits, c)
+        else:
+            # Less than half, half or more of the smallest value is all that counts.
+            doubled = jnp.where(subnormal, magnitude << 1, magnitude + c.uint(1 << c.mantissa_bits))
+            above = c.uint(c.sign) + (doubled > smallest).astype(c.uint)
+            near = jnp.where(doubled < smallest, (magnitude != 0).astype(c.uint), above)
         fraction, odd = jnp.where(beneath, near, fraction), jnp.where(beneath, c.uint(0), odd)
     else:
         beneath = drop > c.mantissa_bits
