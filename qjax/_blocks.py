@@ -1,5 +1,6 @@
 """How an array divides into the blocks of a format."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -48,10 +49,15 @@ class Blocks(NamedTuple):
         """Returns the largest of each block's entries and 0, of shape ``counts``."""
         view, (shape, within) = self.split(x), self._view
         if within:
-            # Longer runs XLA reduces through a copy of the whole array: the innermost axis goes first, by at most 32.
-            run = next(d for d in range(32, 0, -1) if shape[within[-1]] % d == 0)
-            shape = (*shape[: within[-1]], shape[within[-1]] // run, run, *shape[within[-1] + 1 :])
-            view = lax.optimization_barrier(jnp.max(view.reshape(shape), axis=within[-1] + 1, initial=0))
+            # Neighbours stay apart at first, so that XLA works on vectors; it reduces runs over 32 through a copy of
+            # the whole array.
+            before, size, after = shape[: within[-1]], shape[within[-1]], shape[within[-1] + 1 :]
+            lanes = math.gcd(size, 8) if math.prod(after) == 1 else 1
+            run = next(d for d in range(32, 0, -1) if size // lanes % d == 0)
+            view = jnp.max(
+                view.reshape(*before, size // lanes // run, run, lanes, *after), axis=within[-1] + 1, initial=0
+            )
+            view = lax.optimization_barrier(view).reshape(*before, size // run, *after)
         return jnp.max(view, axis=within, initial=0).reshape(self.counts)
 
     def spread(self, scales):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact, UInt
 
-from qjax import _random, _rounding
+from qjax import _carrier, _random, _rounding
 from qjax._blocks import blocks_of
 from qjax._rounding import Random, Rounding
 from qjax._scaled import Mode, quantize
@@ -122,7 +122,7 @@ def _checked(caller: str, x, fmt, rounding, axis: int, scale, key, random_bits, 
             raise ValueError(
                 f"{caller}: scale of shape {scale.shape} does not broadcast to {counts}, one for each block of {fmt!r}."
             )
-        scale = _rounding.widen(scale).astype(np.float64 if width == 64 else np.float32)
+        scale = _carrier.widen(scale).astype(np.float64 if width == 64 else np.float32)
     if isinstance(fmt, Fixed) and fmt.overflow == "wrap" and fmt.bits > width:
         raise ValueError(
             f"{caller}: {fmt!r} wraps {fmt.bits} bits, more than the {width} that {x.dtype} is worked on with; "
@@ -221,7 +221,7 @@ def _chop(x, scale, key, words, *, mode: Mode, bits: int):
 
 def random(x, key, words, bits: int) -> Random | None:
     """Returns the random words of a call, the bits at the top, or None if it is not stochastic."""
-    c = _rounding.carrier(x.dtype)
+    c = _carrier.carrier(x.dtype)
     if words is not None:
         return Random(words.astype(c.uint) << (c.width - bits), bits)
     return None if key is None else Random(_random.random_words(key, x.shape, bits, c.width), bits)
@@ -229,8 +229,8 @@ def random(x, key, words, bits: int) -> Random | None:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _value(x, scale, random: Random | None, mode: Mode):
-    value, _ = quantize(_rounding.widen(x), mode, scale=scale, random=random)
-    return _rounding.narrow(value, x.dtype)
+    value, _ = quantize(_carrier.widen(x), mode, scale=scale, random=random)
+    return _carrier.narrow(value, x.dtype)
 
 
 @_value.defjvp
@@ -248,7 +248,7 @@ def _scale_tangent(x, value, scale, scale_dot, mode: Mode):
     fmt = mode.fmt
     assert isinstance(fmt, Scaled)
     blocks = blocks_of(fmt, x.shape, mode.axis)
-    dtype = _rounding.widen(x).dtype
+    dtype = _carrier.widen(x).dtype
     s = blocks.spread(jnp.broadcast_to(scale.astype(dtype), blocks.counts))
     ds = blocks.spread(jnp.broadcast_to(scale_dot.astype(dtype), blocks.counts))
     inside = jnp.abs(x).astype(dtype) <= s * fmt.element.max

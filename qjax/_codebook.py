@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import _rounding
+from qjax import _carrier, _rounding
 from qjax._rounding import Random, Rounding
 from qjax.formats import Codebook
 
@@ -84,7 +84,7 @@ def round_to_codebook(
     x, fmt: Codebook, rounding: Rounding, *, random: Random | None = None, saturate: bool = False, dtype=None
 ):
     """Returns float32 or float64 ``x`` rounded to the codebook, and the positions of its values there."""
-    c = _rounding.carrier(x.dtype)
+    c = _carrier.carrier(x.dtype)
     held = np.dtype(dtype or x.dtype)
     table, kept = _table(fmt, held)
     values = jnp.asarray(table.astype(c.float))
@@ -124,10 +124,10 @@ def _draw(x, index, values, fmt: Codebook, kept: np.ndarray, rounding: Rounding,
     distance = jnp.clip(distance, c.float(0), c.float(1))
     fraction = (distance * c.float(2.0 ** (c.width - 2))).astype(c.int).astype(c.uint)
     # The lowest bit says that x is not exact, however near it is to the value.
-    inexact = (_rounding.to_bits(x, c) ^ _rounding.to_bits(near, c)) & c.uint(c.sign - 1) != 0
+    inexact = (_carrier.to_bits(x, c) ^ _carrier.to_bits(near, c)) & c.uint(c.sign - 1) != 0
     fraction = jnp.minimum(fraction, c.uint(2 ** (c.width - 2) - 1)) << 2 | inexact.astype(c.uint)
     near_index = jnp.where(negative, high_index, index)
-    odd = (jnp.asarray(kept.astype(np.uint32))[near_index] + np.uint32(fmt.first_code % 2)).astype(c.uint) & 1
-    up = _rounding._round_up(rounding, fraction, odd, x < 0, random, c)
-    up = up | (_rounding.to_bits(x, c) == _rounding.to_bits(far, c))
+    assert random is not None
+    up = _rounding.goes_up(rounding, fraction, random, c)
+    up = up | (_carrier.to_bits(x, c) == _carrier.to_bits(far, c))
     return jnp.where(up, jnp.where(negative, index, high_index), near_index)

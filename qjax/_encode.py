@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact, UInt
 
-from qjax import _packing, _rounding
+from qjax import _carrier, _packing
 from qjax._blocks import blocks_of
+from qjax._carrier import Carrier
 from qjax._chop import RoundingLike, _checked, random
-from qjax._rounding import Carrier, Rounding
+from qjax._rounding import Rounding
 from qjax._scaled import Mode, Parts, _hold, multiply, quantize
 from qjax.formats import Codebook, Fixed, Float, Format, Scaled
 
@@ -127,7 +128,7 @@ def encode(
     x, mode, scale, key, words, bits = _checked("encode", x, fmt, rounding, axis, scale, key, random_bits, saturate)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError("encode: x is complex; encode x.real and x.imag.")
-    width = _rounding.carrier(x.dtype).width
+    width = _carrier.carrier(x.dtype).width
     if _element(mode.fmt).bits > width:
         raise ValueError(
             f"encode: codes of {_element(mode.fmt)!r} have {_element(mode.fmt).bits} bits, {x.dtype} is worked on with "
@@ -138,12 +139,12 @@ def encode(
 
 @functools.partial(jax.jit, static_argnames=("mode", "bits"))
 def _encode(x, scale, key, words, *, mode: Mode, bits: int) -> QTensor:
-    _, parts = quantize(_rounding.widen(x), mode, scale=scale, random=random(x, key, words, bits))
+    _, parts = quantize(_carrier.widen(x), mode, scale=scale, random=random(x, key, words, bits))
     return _stored(parts, mode.fmt, x, mode)
 
 
 def _stored(parts: Parts, fmt: Format, x, mode: Mode) -> QTensor:
-    element, c = _element(fmt), _rounding.carrier(x.dtype)
+    element, c = _element(fmt), _carrier.carrier(x.dtype)
     codes = _codes(parts.elements, element, parts.shift, c)
     scales, zero_points, level = [], [], fmt
     for scale in parts.scales:
@@ -163,7 +164,7 @@ def _codes(elements, fmt: Float | Fixed | Codebook, shift, c: Carrier):
     """Returns the codes of elements that are ``2^shift`` times values of the format."""
     if isinstance(fmt, Codebook):
         return (elements.astype(jnp.uint32) + np.uint32(fmt.first_code)) & np.uint32(2**fmt.bits - 1)
-    bits = _rounding.to_bits(elements, c)
+    bits = _carrier.to_bits(elements, c)
     magnitude, negative = bits & c.uint(c.sign - 1), bits >= c.uint(c.sign)
     field = (magnitude >> c.mantissa_bits).astype(c.int)
     fraction = magnitude & c.uint(2**c.mantissa_bits - 1)
@@ -174,7 +175,7 @@ def _codes(elements, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         integer = _shifted_left(significand, unit - shift - fmt.quantum_exponent, c)
         return jnp.where(negative, -integer, integer) & c.uint(2**fmt.bits - 1)
 
-    exponent = jnp.maximum(_rounding.exponent(magnitude, c) - shift, fmt.emin)
+    exponent = jnp.maximum(_carrier.exponent(magnitude, c) - shift, fmt.emin)
     integer = _shifted_left(significand, unit - shift - (exponent - fmt.mantissa_bits), c)
     # A normal number has its hidden bit in the integer: it is the 1 of the exponent field.
     place = (exponent - fmt.emin).astype(c.uint) << fmt.mantissa_bits
@@ -218,11 +219,11 @@ def decode(q: QTensor) -> Inexact[Array, "..."]:
 
 @jax.jit
 def _decode(q: QTensor):
-    c = _rounding.carrier(q.dtype)
+    c = _carrier.carrier(q.dtype)
     codes = _packing.unpack(q.codes, q.element.bits, q.length or 1, c.uint).reshape(q.shape)
-    scales = [_rounding.widen(_decode(s)) for s in q.scales]
-    zero_points = [_rounding.widen(_decode(z)) for z in q.zero_points]
-    return _rounding.narrow(_hold(_assembled(codes, q.fmt, scales, zero_points, q, c), q.dtype), q.dtype)
+    scales = [_carrier.widen(_decode(s)) for s in q.scales]
+    zero_points = [_carrier.widen(_decode(z)) for z in q.zero_points]
+    return _carrier.narrow(_hold(_assembled(codes, q.fmt, scales, zero_points, q, c), q.dtype), q.dtype)
 
 
 def _assembled(codes, fmt: Format, scales: list, zero_points: list, q: QTensor, c: Carrier):
@@ -231,7 +232,7 @@ def _assembled(codes, fmt: Format, scales: list, zero_points: list, q: QTensor, 
     blocks = blocks_of(fmt, q.shape, q.axis)
     scale = blocks.spread(scales[0])
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
-        shift = _rounding.exponent(_rounding.to_bits(scale, c), c)
+        shift = _carrier.exponent(_carrier.to_bits(scale, c), c)
         return jnp.where(jnp.isnan(scale), c.float(np.nan), _values(codes, fmt.element, shift, c))
     value = _assembled(codes, fmt.element, scales[1:], zero_points, q, c)
     if zero_points:
@@ -251,8 +252,8 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         up = c.width - fmt.bits
         integer = (codes << up).astype(c.int) >> up if fmt.signed else codes
         size = jnp.where(integer < 0, -integer, integer).astype(c.uint)
-        bits = _rounding.compose(size, shift - fmt.fraction_bits, c)
-        return _rounding.from_bits(jnp.where(integer < 0, bits | c.uint(c.sign), bits), c)
+        bits = _carrier.compose(size, shift - fmt.fraction_bits, c)
+        return _carrier.from_bits(jnp.where(integer < 0, bits | c.uint(c.sign), bits), c)
 
     negative = (codes >> (fmt.bits - 1) == 1) if fmt.signed else jnp.zeros_like(codes, dtype=bool)
     code = codes & c.uint(2 ** (fmt.exponent_bits + fmt.mantissa_bits) - 1)
@@ -267,7 +268,7 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         beneath = fraction if fmt.subnormals else jnp.zeros_like(fraction)
         integer = jnp.where(field > 0, fraction | hidden, beneath)
         field = jnp.maximum(field, 1)
-    bits = _rounding.compose(integer, field - (fmt.bias + fmt.mantissa_bits) + shift, c)
+    bits = _carrier.compose(integer, field - (fmt.bias + fmt.mantissa_bits) + shift, c)
     if fmt.has_inf:
         bits = jnp.where(code == c.uint(fmt.max_code + 1), c.uint(c.inf), bits)
     bits = jnp.where(negative, bits | c.uint(c.sign), bits)
@@ -275,4 +276,4 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
     nan = code >= c.uint(first_nan) if fmt.has_nan else jnp.zeros_like(negative)
     if fmt.specials in ("fnuz", "extended") and fmt.signed:
         nan = codes == c.uint(_nan_code(fmt))
-    return _rounding.from_bits(jnp.where(nan, c.uint(c.nan), bits), c)
+    return _carrier.from_bits(jnp.where(nan, c.uint(c.nan), bits), c)

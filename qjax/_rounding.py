@@ -7,13 +7,13 @@ re-associate floats. The same function runs eagerly, under jit and inside a Pall
 import dataclasses
 import enum
 import functools
-from typing import NamedTuple
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from qjax._carrier import Carrier, carrier, compose, from_bits, static_bits, to_bits
 from qjax.formats import Fixed, Float
 
 
@@ -68,143 +68,42 @@ class Random:
     bits: int
 
 
-class Carrier(NamedTuple):
-    """What the core knows of the dtype whose bit patterns it works on."""
+def _bump(rounding: Rounding, mask, odd, negative):
+    """Returns what to add to a magnitude, whose bits of ``mask`` go, so that a carry leaves them where it goes up.
 
-    mantissa_bits: int
-    bias: int
-    width: int
-
-    @property
-    def inf(self) -> int:
-        return (2 * self.bias + 1) << self.mantissa_bits
-
-    @property
-    def nan(self) -> int:
-        return self.inf | 1 << (self.mantissa_bits - 1)
-
-    @property
-    def sign(self) -> int:
-        return 1 << (self.width - 1)
-
-    @property
-    def uint(self) -> type:
-        return np.uint64 if self.width == 64 else np.uint32
-
-    @property
-    def int(self) -> type:
-        return np.int64 if self.width == 64 else np.int32
-
-    @property
-    def float(self) -> type:
-        return np.float64 if self.width == 64 else np.float32
+    Args:
+      mask: the bits that go, ones from the lowest on; 0 if none does.
+      odd: whether the last bit that stays is one, 0 or 1.
+      negative: whether the number is negative.
+    """
+    match rounding:
+        case Rounding.NEAREST_EVEN:
+            return (mask >> 1) + (odd & mask)
+        case Rounding.NEAREST_ODD:
+            return (mask >> 1) + (~odd & 1 & mask)
+        case Rounding.NEAREST_AWAY:
+            return mask - (mask >> 1)
+        case Rounding.NEAREST_ZERO:
+            return mask >> 1
+        case Rounding.TOWARD_ZERO:
+            return 0
+        case Rounding.TOWARD_POSITIVE:
+            return jnp.where(negative, 0, mask)
+        case Rounding.TOWARD_NEGATIVE:
+            return jnp.where(negative, mask, 0)
+        case Rounding.TO_ODD:
+            return mask & (odd - 1)
+    raise AssertionError(rounding)
 
 
-def carrier(dtype) -> Carrier:
-    """Returns the carrier of float32 or float64."""
-    return Carrier(52, 1023, 64) if dtype == jnp.float64 else Carrier(23, 127, 32)
-
-
-def to_bits(x, c: Carrier):
-    return lax.bitcast_convert_type(x, c.uint)
-
-
-def from_bits(bits, c: Carrier):
-    return lax.bitcast_convert_type(bits, c.float)
-
-
-def widen(x):
-    """Returns a bfloat16 or float16 array as float32, subnormals included; other arrays as they are."""
-    if x.dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16, jnp.float32)
-    return x.astype(jnp.float32) if x.dtype == jnp.float16 else x
-
-
-def narrow(x, dtype):
-    """Returns float32 values that ``dtype`` holds exactly as that dtype."""
-    if dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type((lax.bitcast_convert_type(x, jnp.uint32) >> 16).astype(jnp.uint16), dtype)
-    return x.astype(dtype)
-
-
-def flush(x):
-    """Returns x with subnormals as zeros of their sign: what XLA's arithmetic does on some backends, on all of them."""
-    c = carrier(x.dtype)
-    bits = to_bits(x, c)
-    normal = (bits & c.uint(c.sign - 1)) >= c.uint(1 << c.mantissa_bits)
-    return from_bits(jnp.where(normal, bits, bits & c.uint(c.sign)), c)
-
-
-def exponent(magnitude, c: Carrier):
-    """Returns ``floor(log2)`` of the value of positive magnitude bits, subnormals included; far below them for 0."""
-    field = (magnitude >> c.mantissa_bits).astype(c.int)
-    # An integer below 2^mantissa_bits converts exactly, so its exponent field is its leading bit.
-    as_float = to_bits(magnitude.astype(c.int).astype(c.float), c)
-    leading = (as_float >> c.mantissa_bits).astype(c.int) - c.bias
-    return jnp.where(field > 0, field - c.bias, leading + (1 - c.bias - c.mantissa_bits))
-
-
-def compose(integer, power, c: Carrier):
-    """Returns the bits of ``integer 2^power``, exact if the carrier holds it; infinity above its range."""
-    as_float = to_bits(integer.astype(c.float), c)
-    field = (as_float >> c.mantissa_bits).astype(c.int) + power
-    fraction = as_float & c.uint(2**c.mantissa_bits - 1)
-    normal = field.astype(c.uint) << c.mantissa_bits | fraction
-    normal = jnp.where(field > 2 * c.bias, c.uint(c.inf), normal)
-    down = jnp.clip(1 - field, 0, c.width - 1).astype(c.uint)
-    subnormal = (fraction | c.uint(2**c.mantissa_bits)) >> down
-    return jnp.where(integer == 0, c.uint(0), jnp.where(field > 0, normal, subnormal))
-
-
-def _static_bits(value: int, power: int, c: Carrier) -> int:
-    """Returns the bits of ``value 2^power`` with value of at most the carrier's precision, rounded toward zero."""
-    if value == 0:
-        return 0
-    field = value.bit_length() - 1 + power + c.bias
-    if field > 2 * c.bias:
-        return c.inf - 1
-    place = power + c.bias - 1 + c.mantissa_bits
-    if field > 0:
-        shift = c.mantissa_bits + 1 - value.bit_length()
-        return (field << c.mantissa_bits) + (value << shift) - (1 << c.mantissa_bits)
-    return value << place if place >= 0 else value >> -place
-
-
-def _bits_of(value: int, power: int, shift, c: Carrier):
-    """Returns the bits of ``value 2^(power + shift)``."""
-    if isinstance(shift, int):
-        return c.uint(_static_bits(value, power + shift, c))
-    return jnp.minimum(compose(jnp.full_like(shift, value), power + shift, c), c.uint(c.inf - 1))
-
-
-def _round_up(rounding: Rounding, fraction, odd, negative, random: Random | None, c: Carrier):
-    """Returns whether the magnitude goes to the neighbour away from zero.
+def goes_up(rounding: Rounding, fraction, random: Random, c: Carrier):
+    """Returns whether a stochastic mode goes to the neighbour away from zero.
 
     Args:
       fraction: the distance from the neighbour nearer to zero as an unsigned fixed-point fraction of the spacing, the
         binary point at the left; inexact values have a nonzero one.
-      odd: whether the code of that neighbour is odd, 0 or 1.
-      negative: whether the value is negative.
+      random: the random words.
     """
-    half = c.uint(c.sign)
-    match rounding:
-        case Rounding.NEAREST_EVEN:
-            return fraction > half - odd
-        case Rounding.NEAREST_ODD:
-            return fraction >= half + odd
-        case Rounding.NEAREST_AWAY:
-            return fraction >= half
-        case Rounding.NEAREST_ZERO:
-            return fraction > half
-        case Rounding.TOWARD_ZERO:
-            return jnp.zeros_like(fraction, dtype=bool)
-        case Rounding.TOWARD_POSITIVE:
-            return (fraction != 0) & ~negative
-        case Rounding.TOWARD_NEGATIVE:
-            return (fraction != 0) & negative
-        case Rounding.TO_ODD:
-            return (fraction != 0) & (odd == 0)
-    assert random is not None
     words, bits = random.words, random.bits
     match rounding:
         case Rounding.STOCHASTIC:
@@ -213,10 +112,11 @@ def _round_up(rounding: Rounding, fraction, odd, negative, random: Random | None
             return fraction + (words | c.uint(1 << (c.width - 1 - bits))) < fraction
         case Rounding.STOCHASTIC_C:
             kept = fraction >> (c.width - bits)
-            kept = kept + (fraction << bits > half - (kept & 1)).astype(c.uint)
+            kept = kept + (fraction << bits > c.uint(c.sign) - (kept & 1)).astype(c.uint)
             return kept + (words >> (c.width - bits)) >= c.uint(1 << bits)
         case Rounding.STOCHASTIC_EQUAL:
-            return (fraction != 0) & (words >= half)
+            return (fraction != 0) & (words >= c.uint(c.sign))
+    raise AssertionError(rounding)
 
 
 def max_random_bits(rounding: Rounding, width: int) -> int:
@@ -241,106 +141,127 @@ def round_to(
       x: a float32 or float64 array.
       random: the random words of a stochastic mode.
       saturate: overflow, infinities included, gives the largest value.
-      shift: exponent of the scale, an int, or an integer array with one for each block.
+      shift: exponent of the scale, an int, or an integer array with one for each block; then overflow saturates, and
+        an exponent above the carrier's, that of a NaN, gives NaN.
       spread: brings an array with an entry for each block to the shape of x.
       dtype: the dtype whose values the result must be, ``x.dtype`` by default.
 
     The format is seen as the numbers ``k 2^max(e - m, q)``: e the exponent of the number, m the mantissa bits, q the
-    exponent of the finest spacing. So ``drop`` low bits of the significand go, ``max(carrier's m - m, q - unit)``.
+    exponent of the finest spacing. So the low ``max(carrier's m - m, q - exponent of the lowest bit)`` bits go, in
+    place: a carry runs into the exponent, as it should. Below the smallest value there are only 0 and that value.
     """
     c = carrier(x.dtype)
     held = jnp.finfo(dtype or x.dtype)
-    mantissa_bits = min(fmt.mantissa_bits, held.nmant) if isinstance(fmt, Float) else held.nmant
     static = isinstance(shift, int)
+    mantissa_bits = min(fmt.mantissa_bits, held.nmant) if isinstance(fmt, Float) else held.nmant
+    precision, top = mantissa_bits + 1, held.maxexp - 1
     grain = fmt.smallest_subnormal if isinstance(fmt, Float) else fmt.eps
     if static:
         grain = max(grain, float(held.smallest_subnormal))
-    precision, top = mantissa_bits + 1, held.maxexp - 1
-    smallest = _bits_of(*_ratio(grain, mantissa_bits), shift, c)
-    if isinstance(fmt, Float):
-        largest = lowest = _limit(*fmt._split(fmt.max_code), shift, precision, top, c)
-    else:
-        largest, lowest = (
-            _limit(integer, fmt.quantum_exponent, shift, precision, top, c, grid=fmt.quantum_exponent + shift)
-            for integer in (fmt.max_integer, -fmt.min_integer)
-        )
+    has_subnormals = not isinstance(fmt, Float) or fmt.subnormals is True
     if not static:
-        # The barrier makes XLA compute these once a block; it would fuse them into the work on every element.
-        shift, smallest, largest, lowest = map(spread, lax.optimization_barrier((shift, smallest, largest, lowest)))
-
+        # The barrier makes XLA compute it once a block; it would fuse it into the work on every element.
+        shift = spread(lax.optimization_barrier(shift))
     bits = to_bits(x, c)
-    magnitude = bits & c.uint(c.sign - 1)
-    sign = bits & c.uint(c.sign)
+    magnitude, sign = bits & c.uint(c.sign - 1), bits & c.uint(c.sign)
     negative = sign != 0
+    if isinstance(fmt, Float):
+        bound = _bound(*fmt._split(fmt.max_code), shift, precision, top, c)
+    else:
+        ends = (fmt.max_integer, -fmt.min_integer)
+        bound, lowest = (_bound(end, fmt.quantum_exponent, shift, precision, top, c, on_grid=True) for end in ends)
+        bound = bound if ends[0] == ends[1] else jnp.where(negative, lowest, bound)
 
-    field = (magnitude >> c.mantissa_bits).astype(c.int)
+    pattern = magnitude.astype(c.int)
+    field = pattern >> c.mantissa_bits
     subnormal = field == 0
-    significand = jnp.where(
-        subnormal, magnitude, magnitude & c.uint(2**c.mantissa_bits - 1) | c.uint(2**c.mantissa_bits)
-    )
-    field = jnp.maximum(field, 1)
-    place = c.bias + c.mantissa_bits + shift
-    drop = jnp.maximum(c.mantissa_bits - mantissa_bits, fmt.quantum_exponent + place - field)
-    wide = isinstance(fmt, Float) and not (static and fmt.emin + shift >= 1 - c.bias)
+    hidden = c.int(1 << c.mantissa_bits)
+    # Where normal numbers of the format may be subnormal in the carrier, these are given exponent fields below 1.
+    wide = not static or (isinstance(fmt, Float) and fmt.emin < (1 if has_subnormals else 2) - c.bias)
     if wide:
-        # Subnormals of the carrier that are normal in the format have fewer bits than the carrier's normal numbers.
-        value_exponent = exponent(magnitude, c)
-        fewer = value_exponent + (c.mantissa_bits - 1 + c.bias) - mantissa_bits
-        drop = jnp.where(subnormal, jnp.maximum(fewer, fmt.quantum_exponent + place - 1), drop)
-        drop = jnp.maximum(drop, 0)
-    if isinstance(fmt, Float) and fmt.subnormals is False:
-        below = (exponent(magnitude, c) if wide else jnp.where(subnormal, -c.bias, field - c.bias)) < fmt.emin + shift
-        drop = jnp.where(below, fmt.emin + place - field, drop)
-    if rounding not in (Rounding.STOCHASTIC, Rounding.STOCHASTIC_B, Rounding.STOCHASTIC_C):
-        # A distance below 1/128 may stand for all smaller ones.
-        drop = jnp.minimum(drop, c.width - 1)
-    drop = drop.astype(c.uint)
-
-    fraction = significand << (c.width - drop)
-    if rounding.is_stochastic and rounding is not Rounding.STOCHASTIC_EQUAL:
-        # Shifts by the width or more, a negative number being a large unsigned one, give 0.
-        far = drop - c.width
-        low = significand >> far
-        fraction = fraction | low
-        if rounding is Rounding.STOCHASTIC_C:
-            fraction = fraction | ((drop > c.width) & (low << far != significand)).astype(c.uint)
-    kept = significand >> drop
-    if isinstance(fmt, Float) and fmt.mantissa_bits == 0:
-        code = (exponent(magnitude, c) if wide else field - c.bias) - shift + fmt.bias
-        odd = jnp.where(kept == 0, c.uint(0), code.astype(c.uint) & 1)
+        lowest_field = c.bias + c.mantissa_bits - 1
+        normalized = to_bits(pattern.astype(c.float), c).astype(c.int) - c.int(lowest_field << c.mantissa_bits)
+        # NaN goes with infinity here, so that it cannot overflow.
+        pattern = jnp.where(subnormal, normalized, jnp.minimum(pattern, c.int(c.inf)))
+        field = pattern >> c.mantissa_bits
+        significand = jnp.where(magnitude == 0, 0, (pattern & (hidden - 1)) | hidden)
+        smallest = _pattern(*_ratio(grain, mantissa_bits), shift, c)
+        in_place = False
     else:
-        odd = kept & 1
+        field = jnp.maximum(field, 1)
+        significand = jnp.where(subnormal, pattern, (pattern & (hidden - 1)) | hidden)
+        smallest = c.int(static_bits(*_ratio(grain, mantissa_bits), c))
+        # Where the spacing is that of subnormals of the carrier, all is done in place.
+        in_place = bool(smallest < 2 * hidden)
 
-    if isinstance(fmt, Float) and fmt.subnormals == "normal" and fmt.mantissa_bits > 0:
-        beneath = magnitude < smallest
-        if rounding.is_stochastic:
-            near = _fraction_of_odd(significand, field, fmt.emin + c.bias + shift, mantissa_bits, c)
+    finest = fmt.quantum_exponent + shift + c.bias + c.mantissa_bits
+    drop = jnp.clip(finest - field, c.mantissa_bits - mantissa_bits, c.mantissa_bits)
+    mask = (c.int(1) << drop) - 1
+    if not rounding.is_stochastic:
+        # Where all bits but the hidden one go, the lowest of the exponent stands for the code: at the finest spacing
+        # odd, or even if the code there is 0.
+        lowest_is_odd = int(not (isinstance(fmt, Float) and fmt.subnormals == "normal"))
+        parity = (lowest_is_odd - (finest - c.mantissa_bits)) & 1
+        odd = (pattern + (parity << c.mantissa_bits)) >> drop & 1
+        bump = _bump(rounding, mask, odd, negative)
+        # Nothing, less than half, half, or more of the smallest value, as a number whose two bits go.
+        half = smallest - hidden
+        part = jnp.where(pattern > half, 3, jnp.where(pattern == half, 2, (magnitude != 0).astype(c.int)))
+        up = part + _bump(rounding, 3, 0, negative) > 3
+    else:
+        assert random is not None
+        if rounding in (Rounding.STOCHASTIC, Rounding.STOCHASTIC_B):
+            last = 1 << (c.width - 1 - random.bits) if rounding is Rounding.STOCHASTIC_B else 0
+            bump = ((random.words | c.uint(last)) >> (c.width - drop).astype(c.uint)).astype(c.int)
         else:
-            # Less than half, half or more of the smallest value is all that counts.
-            doubled = jnp.where(subnormal, magnitude << 1, magnitude + c.uint(1 << c.mantissa_bits))
-            above = c.uint(c.sign) + (doubled > smallest).astype(c.uint)
-            near = jnp.where(doubled < smallest, (magnitude != 0).astype(c.uint), above)
-        fraction, odd = jnp.where(beneath, near, fraction), jnp.where(beneath, c.uint(0), odd)
-    else:
-        beneath = drop > c.mantissa_bits
-    up = _round_up(rounding, fraction, odd, negative, random, c)
-    rounded = ((magnitude >> drop) + up.astype(c.uint)) << drop
-    rounded = jnp.where(beneath, jnp.where(up, smallest, c.uint(0)), rounded)
+            fraction = (pattern & mask).astype(c.uint) << (c.width - drop).astype(c.uint)
+            bump = jnp.where(goes_up(rounding, fraction, random, c), mask, 0)
+        if isinstance(fmt, Float) and fmt.subnormals == "normal" and mantissa_bits > 0:
+            fraction = _fraction_of_odd(significand, field, fmt.emin + c.bias + shift, mantissa_bits, c)
+        else:
+            sticky = rounding in (Rounding.STOCHASTIC_C, Rounding.STOCHASTIC_EQUAL)
+            fraction = _fraction_of_power(significand, (smallest >> c.mantissa_bits) - field, sticky, c)
+        up = goes_up(rounding, fraction, random, c)
+    rounded = (pattern + bump) >> drop << drop
+    beneath = pattern < smallest
+    if wide:
+        rounded = jnp.where(beneath, smallest, rounded)
+        if not static:
+            rounded = jnp.minimum(rounded, bound)
+        down = 1 - (rounded >> c.mantissa_bits)
+        denormalized = ((rounded & (hidden - 1)) | hidden) >> jnp.clip(down, 0, c.width - 1)
+        rounded = jnp.where(beneath & ~up, 0, jnp.where(down > 0, denormalized, rounded))
+    elif not in_place:
+        rounded = jnp.where(beneath, jnp.where(up, smallest, 0), rounded)
+    rounded = rounded.astype(c.uint)
 
-    finite = magnitude < c.uint(c.inf)
-    if not static or fmt.quantum_exponent + place > 2 * c.bias + c.mantissa_bits:
-        rounded = jnp.where(finite, rounded, c.uint(c.inf))
+    if static and finest > 2 * c.bias + c.mantissa_bits:
+        rounded = jnp.where(magnitude < c.uint(c.inf), rounded, c.uint(c.inf))
+    if isinstance(fmt, Fixed) and fmt.overflow == "wrap":
+        return _wrap(rounded, negative, fmt, c)
+    largest = bound.astype(c.uint) if static else rounded
     if isinstance(fmt, Fixed):
-        if fmt.overflow == "wrap":
-            return _wrap(rounded, negative, fmt, c)
-        bound = largest if fmt.min_integer == -fmt.max_integer else jnp.where(negative, lowest, largest)
-        result = jnp.minimum(rounded, bound)
-        return from_bits(jnp.where((result == 0) | (magnitude > c.uint(c.inf)), c.uint(0), result | sign), c)
+        result = jnp.minimum(rounded, largest)
+        result = jnp.where((result == 0) | (magnitude > c.uint(c.inf)), c.uint(0), result | sign)
+    else:
+        lowest = c.uint(0)
+        if not fmt.has_zero:
+            lowest = compose(jnp.ones_like(magnitude), jnp.asarray(math.frexp(grain)[1] - 1 + shift, c.int), c)
+            rounded = jnp.maximum(rounded, lowest)
+        result = _special(rounded, magnitude, negative, lowest, largest, fmt, rounding, saturate, c)
+    return from_bits(result if static else jnp.where(shift > c.bias, c.uint(c.nan), result), c)
 
-    if not fmt.has_zero:
-        rounded = jnp.maximum(rounded, smallest)
-    over = rounded > largest
-    nan = magnitude > c.uint(c.inf)
+
+def _special(rounded, magnitude, negative, lowest, largest, fmt: Float, rounding: Rounding, saturate: bool, c: Carrier):
+    """Returns the bits of the result: signs, overflow, infinities, NaN, and negative numbers in unsigned formats.
+
+    Args:
+      rounded: the rounded magnitudes, as if the exponent had no upper end.
+      magnitude: those of x.
+      lowest: the lowest magnitude of the format, 0 if it has zero.
+      largest: the largest one.
+    """
+    over, nan, finite = rounded > largest, magnitude > c.uint(c.inf), magnitude < c.uint(c.inf)
     saturate = saturate or not (fmt.has_inf or fmt.has_nan)
     result = jnp.where(over, largest if saturate or not fmt.has_inf else c.uint(c.inf), rounded)
     if not saturate:
@@ -356,17 +277,18 @@ def round_to(
             over = over & ~kept_finite
         if not fmt.has_inf:
             nan = nan | over
+    sign = jnp.where(negative, c.uint(c.sign), c.uint(0))
     if not fmt.signed:
         outside = negative & (magnitude != 0) & (result != 0)
         if saturate:
-            result = jnp.where(outside, c.uint(0) if fmt.has_zero else smallest, result)
+            result = jnp.where(outside, lowest, result)
         else:
             nan = nan | outside
     elif fmt.has_negative_zero:
         result = result | sign
     else:
         result = jnp.where(result == 0, result, result | sign)
-    return from_bits(jnp.where(nan, c.uint(c.nan) if fmt.has_nan else largest, result), c)
+    return jnp.where(nan, c.uint(c.nan) if fmt.has_nan else largest, result)
 
 
 def _ratio(value: float, mantissa_bits: int) -> tuple[int, int]:
@@ -378,22 +300,45 @@ def _ratio(value: float, mantissa_bits: int) -> tuple[int, int]:
     return -(-k >> drop), q + drop
 
 
-def _limit(value: int, power: int, shift, precision: int, top: int, c: Carrier, grid=None):
-    """Returns the bits of the largest number up to ``value 2^(power + shift)`` of ``precision`` bits, exponent <= top.
+def _bound(value: int, power: int, shift, precision: int, top: int, c: Carrier, on_grid: bool = False):
+    """Returns the largest number up to ``value 2^(power + shift)`` of ``precision`` bits and exponent up to top.
 
-    It is a multiple of ``2^grid``, if that is given.
+    If ``on_grid``, it is a multiple of ``2^(power + shift)``.
     """
-    ceiling = c.uint(_static_bits(2**precision - 1, top - precision + 1, c))
-    if grid is not None:
-        finer = jnp.clip(grid - (top - c.mantissa_bits), 0, c.mantissa_bits).astype(c.uint)
+    ceiling = c.int(static_bits(2**precision - 1, top - precision + 1, c))
+    if on_grid:
+        finer = jnp.clip(power + shift - (top - c.mantissa_bits), 0, c.mantissa_bits).astype(c.int)
         ceiling = ceiling >> finer << finer
     drop = max(value.bit_length() - precision, 0)
-    return jnp.minimum(_bits_of(value >> drop, power + drop, shift, c), ceiling)
+    k, q = value >> drop, power + drop
+    pattern = c.int(static_bits(k, q + shift, c)) if isinstance(shift, int) else _pattern(k, q, shift, c)
+    return jnp.minimum(pattern, ceiling)
+
+
+def _pattern(k: int, q: int, shift, c: Carrier):
+    """Returns the bits of ``k 2^(q + shift)``, with an exponent field below 1 where the carrier has subnormals."""
+    length = max(k.bit_length() - 1, 0)
+    # Beyond these fields there is no number to compare with.
+    least = -(c.bias + c.mantissa_bits)
+    field = jnp.maximum(q + length + c.bias + shift, least) if k else least
+    field = jnp.asarray(field if q + length <= 0 else jnp.minimum(field, 2 * c.bias + 1), c.int)
+    return (field << c.mantissa_bits) + c.int((k << (c.mantissa_bits - length)) & (2**c.mantissa_bits - 1))
+
+
+def _fraction_of_power(significand, fields, sticky: bool, c: Carrier):
+    """Returns x / s as a fraction for 0 <= x < s, a power of two whose exponent field is ``fields`` above that of x.
+
+    If ``sticky``, the lowest bit also says whether lower ones were lost.
+    """
+    aligned = significand.astype(c.uint) << (c.width - 1 - c.mantissa_bits)
+    far = (fields - 1).astype(c.uint)
+    fraction = aligned >> far
+    return fraction | (fraction << far != aligned).astype(c.uint) if sticky else fraction
 
 
 def _fraction_of_odd(significand, field, first_field, mantissa_bits: int, c: Carrier):
     """Returns x / s as a fraction for 0 <= x < s = 2^emin (1 + 2^-m), the smallest value of DLFloat16 and its like."""
-    scaled = significand << (c.width - 2 - c.mantissa_bits)
+    scaled = significand.astype(c.uint) << (c.width - 2 - c.mantissa_bits)
     down = jnp.clip(first_field - field, 0, c.width - 1).astype(c.uint)
     quarter = scaled >> down
     divisor = c.uint(2**mantissa_bits + 1)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import _rounding
+from qjax import _carrier, _rounding
 from qjax._blocks import Blocks, blocks_of
 from qjax._codebook import round_to_codebook
 from qjax._rounding import Random, Rounding
@@ -55,12 +55,12 @@ def quantize(x, mode: Mode, *, scale=None, random: Random | None = None) -> tupl
 
 def multiply(value, scale):
     """Returns ``value * scale`` for scales >= 0, one rounding that XLA cannot contract with a later addition."""
-    c = _rounding.carrier(value.dtype)
-    bits = _rounding.to_bits(value, c)
-    magnitude = _rounding.from_bits(bits & c.uint(c.sign - 1), c)
-    product = _rounding.to_bits(_rounding.flush(magnitude * scale), c)
+    c = _carrier.carrier(value.dtype)
+    bits = _carrier.to_bits(value, c)
+    magnitude = _carrier.from_bits(bits & c.uint(c.sign - 1), c)
+    product = _carrier.to_bits(_carrier.flush(magnitude * scale), c)
     nan = product > c.uint(c.inf)
-    return _rounding.from_bits(jnp.where(nan, c.uint(c.nan), product | bits & c.uint(c.sign)), c)
+    return _carrier.from_bits(jnp.where(nan, c.uint(c.nan), product | bits & c.uint(c.sign)), c)
 
 
 def _divide(x, scale):
@@ -69,11 +69,11 @@ def _divide(x, scale):
     The sign of x sits in the divisor, which makes it an array of its own: a quotient by a broadcast number is a product
     with the reciprocal to XLA, and so rounded twice.
     """
-    c = _rounding.carrier(x.dtype)
-    bits = _rounding.to_bits(_rounding.flush(x), c)
-    divisor = _rounding.to_bits(jnp.where(scale == 0, c.float(np.inf), scale), c)
-    magnitude = _rounding.from_bits(bits & c.uint(c.sign - 1), c)
-    return _rounding.flush(magnitude / _rounding.from_bits(divisor | bits & c.uint(c.sign), c))
+    c = _carrier.carrier(x.dtype)
+    bits = _carrier.to_bits(_carrier.flush(x), c)
+    divisor = _carrier.to_bits(jnp.where(scale == 0, c.float(np.inf), scale), c)
+    magnitude = _carrier.from_bits(bits & c.uint(c.sign - 1), c)
+    return _carrier.flush(magnitude / _carrier.from_bits(divisor | bits & c.uint(c.sign), c))
 
 
 def _quantize_blocks(x, fmt: Scaled, mode: Mode, scale, random: Random | None) -> tuple[Any, Parts]:
@@ -91,11 +91,11 @@ def _quantize_blocks(x, fmt: Scaled, mode: Mode, scale, random: Random | None) -
 
 def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: Random | None) -> tuple[Any, Parts]:
     """Returns x quantized with the given scale of each block."""
-    c = _rounding.carrier(x.dtype)
+    c = _carrier.carrier(x.dtype)
     # The barrier makes XLA compute the scale once a block; it would fuse it into the work on every element.
     scale = lax.optimization_barrier(scale)
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
-        shift = _rounding.exponent(_rounding.to_bits(scale, c), c)
+        shift = _carrier.exponent(_carrier.to_bits(scale, c), c)
         elements = _rounding.round_to(
             x,
             fmt.element,
@@ -106,8 +106,8 @@ def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: R
             spread=blocks.spread,
             dtype=inner.dtype,
         )
-        value = jnp.where(blocks.spread(jnp.isnan(scale)), c.float(np.nan), elements)
-        return value, Parts(elements, blocks.spread(shift), (scale,))
+        stored = jnp.where(blocks.spread(jnp.isnan(scale)), c.float(0), elements)
+        return elements, Parts(stored, blocks.spread(shift), (scale,))
     spread = blocks.spread(scale)
     value, parts = quantize(_divide(x, spread), inner._replace(dtype=x.dtype), random=random)
     return _hold(multiply(value, spread), inner.dtype), parts._replace(scales=(scale, *parts.scales))
@@ -124,28 +124,28 @@ def _hold(value, dtype):
 
 def _nearest_scale(ratio, fmt: Scaled):
     scale = _rounding.round_to(ratio, fmt.scale, Rounding.NEAREST_EVEN, saturate=True)
-    return scale if fmt.power_of_two else _rounding.flush(scale)
+    return scale if fmt.power_of_two else _carrier.flush(scale)
 
 
 def _largest(x, blocks: Blocks):
     """Returns the bits of the largest magnitude of each block; NaN is above infinity, infinity above all else."""
-    c = _rounding.carrier(x.dtype)
-    return blocks.maximum(_rounding.to_bits(x, c) & c.uint(c.sign - 1))
+    c = _carrier.carrier(x.dtype)
+    return blocks.maximum(_carrier.to_bits(x, c) & c.uint(c.sign - 1))
 
 
 def _quotient(magnitude, divisor: float, c):
     """Returns the bits of magnitudes divided by a constant."""
-    return _divide(_rounding.from_bits(magnitude, c), jnp.full_like(magnitude, divisor, dtype=c.float))
+    return _divide(_carrier.from_bits(magnitude, c), jnp.full_like(magnitude, divisor, dtype=c.float))
 
 
 def _rule(largest, fmt: Scaled):
     """Returns the scale of each block by the rule of the format; NaN where the block has a NaN or an infinity."""
-    c = _rounding.carrier(np.float64 if largest.dtype == np.uint64 else np.float32)
+    c = _carrier.carrier(np.float64 if largest.dtype == np.uint64 else np.float32)
     if fmt.rule in ("absmax", "mse"):
         scale = _nearest_scale(_quotient(largest, fmt.element.max, c), fmt)
     else:
         exponent = jnp.clip(_power_of_two(largest, fmt, c), *_exponent_range(fmt.scale, c))
-        scale = _rounding.from_bits(_rounding.compose(jnp.ones_like(exponent), exponent, c), c)
+        scale = _carrier.from_bits(_carrier.compose(jnp.ones_like(exponent), exponent, c), c)
     return jnp.where(largest >= c.uint(c.inf), c.float(np.nan if fmt.scale.has_nan else fmt.scale.max), scale)
 
 
@@ -158,7 +158,7 @@ def _power_of_two(largest, fmt: Scaled, c):
     """Returns the exponent that "floor", "ceil", "rceil" or "even" gives each block."""
     element = fmt.element
     assert not isinstance(element, Scaled)
-    exponent = _rounding.exponent(largest, c)
+    exponent = _carrier.exponent(largest, c)
     # The fraction of the largest magnitude, its leading bit moved to where a normal number has it.
     up = jnp.clip((1 - c.bias) - exponent, 0, c.mantissa_bits).astype(c.uint)
     fraction = (largest << up) & c.uint(2**c.mantissa_bits - 1)
@@ -183,11 +183,11 @@ def _best_scale(x, largest, fmt: Scaled, blocks: Blocks, inner: Mode, random: Ra
 
     Candidates: for power-of-two scales that of "floor", its double and its half; else 1, 31/32 ... 17/32 of "absmax".
     """
-    c = _rounding.carrier(x.dtype)
+    c = _carrier.carrier(x.dtype)
     if fmt.power_of_two:
         middle = _power_of_two(largest, fmt, c)
         exponents = [jnp.clip(middle + i, *_exponent_range(fmt.scale, c)) for i in (0, 1, -1)]
-        candidates = [_rounding.from_bits(_rounding.compose(jnp.ones_like(e), e, c), c) for e in exponents]
+        candidates = [_carrier.from_bits(_carrier.compose(jnp.ones_like(e), e, c), c) for e in exponents]
     else:
         top = _quotient(largest, fmt.element.max, c)
         candidates = [_nearest_scale(top * c.float(1 - i / 32), fmt) for i in range(16)]
@@ -204,16 +204,16 @@ def _quantize_affine(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random:
     """Returns ``(q - z) s`` with q = clip(round(x / s) + z): integers with a zero point."""
     element, zero_point = fmt.element, fmt.zero_point
     assert isinstance(element, Fixed) and zero_point is not None
-    c = _rounding.carrier(x.dtype)
-    bits = _rounding.to_bits(x, c)
+    c = _carrier.carrier(x.dtype)
+    bits = _carrier.to_bits(x, c)
     negative, magnitude = bits >= c.uint(c.sign), bits & c.uint(c.sign - 1)
     # Integers keep a NaN, which XLA's maximum of floats may lose.
     below, above = (
-        _rounding.flush(_rounding.from_bits(blocks.maximum(jnp.where(side, magnitude, 0)), c))
+        _carrier.flush(_carrier.from_bits(blocks.maximum(jnp.where(side, magnitude, 0)), c))
         for side in (negative, ~negative)
     )
     if scale is None:
-        span = _rounding.to_bits(above + below, c)
+        span = _carrier.to_bits(above + below, c)
         scale = _nearest_scale(_quotient(span, element.max, c), fmt)
         scale = jnp.where(span >= c.uint(c.inf), c.float(np.nan), scale)
     zero = _rounding.round_to(_divide(below, scale), zero_point, Rounding.NEAREST_EVEN)

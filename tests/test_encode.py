@@ -7,7 +7,7 @@ import pytest
 
 import qjax
 from qjax import _packing
-from qjax._rounding import carrier
+from qjax._carrier import carrier
 
 FORMATS = [
     "e4m3", "e5m2", "e3m4", "e2m3", "e3m2", "e2m1", "e8m0", "ue5m3", "ue5m3fn", "e4m3fnuz", "e5m2fnuz", "e4m3b11fnuz",

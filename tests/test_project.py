@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(qjax.__file__).parent
 
 # A module may import those above it. Modules of one row do not see each other.
 LAYERS = (
-    ("formats",),
+    ("formats", "_carrier"),
     ("_rounding",),
     ("_random", "_blocks", "_codebook"),
     ("_scaled",),
