@@ -1,6 +1,9 @@
 """Laws 2, 5, 6 and 9: algebra, transformations, keys and gradients."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -191,3 +194,22 @@ def test_power_of_two_blocks_are_equivariant(x, k, name):
     row = np.where(np.abs(row) < 2.0**-60, np.float32(0), row)
     scaled = qjax.chop(np.ldexp(row, k), name)
     assert same(scaled, np.ldexp(np.asarray(qjax.chop(row, name)), k))
+
+
+FINGERPRINTS = """
+import zlib, jax.numpy as jnp, numpy as np, qjax
+x = jnp.asarray((np.arange(2**16, dtype=np.uint32) << 16 | 0x8001).view(np.float32).reshape(512, 128))
+for name in ("e4m3", "fp16", "bf16", "e8m3b135", "q8.8", "nf4", "mxfp4", "int8_channel"):
+    for rounding in ("nearest_even", "toward_positive"):
+        print(name, rounding, zlib.crc32(np.asarray(qjax.chop(x, name, rounding)).tobytes()))
+"""
+
+
+def test_fast_math_changes_nothing():
+    """The flag lets XLA re-associate floats, which makes the identity of an add and subtract."""
+    texts = []
+    for flags in ("", "--xla_cpu_enable_fast_math=true"):
+        run = [sys.executable, "-c", FINGERPRINTS]
+        environment = os.environ | {"XLA_FLAGS": flags}
+        texts.append(subprocess.run(run, env=environment, capture_output=True, check=True, text=True).stdout)
+    assert texts[0] == texts[1] and texts[0].count("\n") == 16
