@@ -198,11 +198,14 @@ def round_to(
     drop = jnp.clip(finest - field, c.mantissa_bits - mantissa_bits, c.mantissa_bits)
     mask = (c.int(1) << drop) - 1
     if not rounding.is_stochastic:
-        # Where all bits but the hidden one go, the lowest of the exponent stands for the code: at the finest spacing
-        # odd, or even if the code there is 0.
-        lowest_is_odd = int(not (isinstance(fmt, Float) and fmt.subnormals == "normal"))
-        parity = (lowest_is_odd - (finest - c.mantissa_bits)) & 1
-        odd = (pattern + (parity << c.mantissa_bits)) >> drop & 1
+        odd = pattern >> drop & 1
+        if mantissa_bits > 0:
+            # Where all bits but the hidden one go, that is the last to stay, and one.
+            odd = jnp.where(drop == c.mantissa_bits, 1, odd)
+        else:
+            # The lowest bit of the exponent stands for that of the code, which is 1 at the finest spacing, or 0.
+            lowest_is_odd = int(not (isinstance(fmt, Float) and fmt.subnormals == "normal"))
+            odd = odd ^ ((lowest_is_odd - (finest - c.mantissa_bits)) & 1)
         bump = _bump(rounding, mask, odd, negative)
         # Nothing, less than half, half, or more of the smallest value, as a number whose two bits go.
         half = smallest - hidden
@@ -277,17 +280,15 @@ def _special(rounded, magnitude, negative, lowest, largest, fmt: Float, rounding
             over = over & ~kept_finite
         if not fmt.has_inf:
             nan = nan | over
-    sign = jnp.where(negative, c.uint(c.sign), c.uint(0))
-    if not fmt.signed:
-        outside = negative & (magnitude != 0) & (result != 0)
+    if fmt.signed:
+        sign = jnp.where(negative, c.uint(c.sign), c.uint(0))
+        result = jnp.where(result == 0, result, result | sign) if not fmt.has_negative_zero else result | sign
+    else:
+        outside = negative & ((result if fmt.has_zero else magnitude) != 0)
         if saturate:
             result = jnp.where(outside, lowest, result)
         else:
             nan = nan | outside
-    elif fmt.has_negative_zero:
-        result = result | sign
-    else:
-        result = jnp.where(result == 0, result, result | sign)
     return jnp.where(nan, c.uint(c.nan) if fmt.has_nan else largest, result)
 
 
@@ -319,9 +320,13 @@ def _pattern(k: int, q: int, shift, c: Carrier):
     """Returns the bits of ``k 2^(q + shift)``, with an exponent field below 1 where the carrier has subnormals."""
     length = max(k.bit_length() - 1, 0)
     # Beyond these fields there is no number to compare with.
-    least = -(c.bias + c.mantissa_bits)
-    field = jnp.maximum(q + length + c.bias + shift, least) if k else least
-    field = jnp.asarray(field if q + length <= 0 else jnp.minimum(field, 2 * c.bias + 1), c.int)
+    least, most = -(c.bias + c.mantissa_bits), 2 * c.bias + 1
+    field = q + length + c.bias + shift if k else least
+    if q + length <= -c.bias // 2:
+        field = jnp.maximum(field, least)
+    elif q + length > 0:
+        field = jnp.minimum(field, most)
+    field = jnp.asarray(field, c.int)
     return (field << c.mantissa_bits) + c.int((k << (c.mantissa_bits - length)) & (2**c.mantissa_bits - 1))
 
 
