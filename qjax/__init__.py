@@ -1,6 +1,6 @@
 """qjax: any number format, anywhere in a JAX program, bit for bit."""
 
-from qjax import formats as formats
+from qjax import formats as formats, recipes as recipes
 from qjax._accumulator import Accumulator
 from qjax._chop import chop
 from qjax._dot import conv_general_dilated, dot_general
@@ -30,5 +30,6 @@ __all__ = [
     "dot_general",
     "encode",
     "formats",
+    "recipes",
 ]
 __all__ += formats.__all__

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from qjax._encode import decode, encode
+from qjax._encode import QTensor, decode, encode
+from qjax._operand import Operand, restored, stored
 from qjax._product import axes_of, product, rotated, swapped
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm, Recipe
@@ -108,7 +109,8 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
     for name, x in (("lhs", lhs), ("rhs", rhs)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{caller}: {name} has dtype {x.dtype}; only float operands can be quantized.")
-    return _product(_Static(operation, tuple((k, _frozen(v)) for k, v in options.items()), recipe), lhs, rhs, key)
+    frozen = tuple((name, _frozen(value)) for name, value in options.items())
+    return _product(_Static(operation, frozen, recipe, (lhs.dtype, rhs.dtype)), lhs, rhs, key)
 
 
 def _frozen(value):
@@ -124,6 +126,7 @@ class _Static(NamedTuple):
     operation: Callable
     options: tuple
     recipe: Recipe
+    dtypes: tuple
 
     def product(self, lhs, rhs):
         return self.operation(lhs, rhs, **dict(self.options))
@@ -164,7 +167,7 @@ def _product_forward(static: _Static, lhs, rhs, key):
     for place, (x, save) in enumerate(((lhs, recipe.save_lhs), (rhs, recipe.save_rhs))):
         operand, slope = kept[place]
         if save == "quantized":
-            saved = operand.value.astype(x.dtype)
+            saved = stored(operand)
         elif isinstance(save, Quantizer):
             number = jax.random.fold_in(key, 18 + place) if save.is_stochastic else None
             saved = encode(x, save.fmt, save.rounding, key=number, saturate=save.saturate)
@@ -179,7 +182,7 @@ def _product_backward(static: _Static, residuals, gradient):
     (lhs, lhs_slope), (rhs, rhs_slope), key = residuals
     recipe, forward = static.recipe, static.recipe.forward
     saves = (recipe.save_lhs, recipe.save_rhs)
-    lhs, rhs = (decode(x) if isinstance(save, Quantizer) else x for x, save in zip((lhs, rhs), saves, strict=True))
+    lhs, rhs = (_loaded(x, dtype) for x, dtype in zip((lhs, rhs), static.dtypes, strict=True))
     to_lhs = jax.make_jaxpr(functools.partial(static.transpose, 0, mine=lhs))(gradient, rhs)
     to_rhs = jax.make_jaxpr(functools.partial(static.transpose, 1, mine=rhs))(gradient, lhs)
     dlhs = _evaluate(to_lhs, recipe.dlhs, gradient, rhs, _keys(key, _DLHS, recipe.dlhs))
@@ -198,6 +201,13 @@ def _product_backward(static: _Static, residuals, gradient):
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _loaded(saved, dtype):
+    """Returns what was saved of an operand as an array."""
+    if isinstance(saved, Operand):
+        return restored(saved, dtype)
+    return decode(saved) if isinstance(saved, QTensor) else saved
 
 
 def _evaluate(program, gemm: Gemm, first, second, keys: dict, kept: list | None = None):

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -69,6 +70,7 @@ def product(equation, gemm: Gemm, lhs, rhs, keys: dict, kept: list | None = None
             operand = _grouped(x, quantizer, where, groups, keys[name])
         else:
             operand = _operand.quantized(x, quantizer, where, key=keys[name], promote=promote)
+        # Neighbouring windows share elements: only one scale for all of them can be taken out of the sum.
         if not is_dot and name == "lhs" and operand.scale is not None and operand.scale.size > 1:
             assert quantizer is not None
             operand = Operand(operand.value, fmt=quantizer.fmt)
@@ -139,36 +141,41 @@ def _grouped(x, quantizer: Quantizer, axes: Axes, groups: int, key) -> Operand:
 
 
 def _narrow(equation, axes: tuple[Axes, Axes], operands: list[Operand]):
-    """Returns the product of the elements, in the narrowest dtype that holds both exactly."""
+    """Returns the product of the elements, in a narrow dtype that holds both exactly."""
     lhs, rhs = operands
-    wide = jnp.promote_types(*(o.elements.dtype for o in operands))
-    if jnp.finfo(wide).bits < 32:
-        wide = np.dtype(np.float32)
-    params = dict(equation.params)
-    named = params["precision"] is not None and not isinstance(params["precision"], lax.Precision | tuple)
-    dtypes = [
-        np.dtype(jnp.bfloat16)
-        if o.elements.dtype == jnp.bfloat16
-        else np.dtype(wide)
-        if o.fmt is None or named
-        else _operand.narrow_dtype(o.fmt, np.dtype(wide))
-        for o in operands
-    ]
-    shapes = [v.aval.shape for v in equation.invars]
-    depth = max(math.prod(s[a] for a in w.contract) for s, w in zip(shapes, axes, strict=True))
-    if set(dtypes) == {np.dtype(np.int8)} and depth < 2**17:  # int32 holds 2^17 - 1 products of -128
-        dtype, total = np.dtype(np.int8), np.int32
-    elif set(dtypes) <= {np.dtype(np.int8), np.dtype(jnp.bfloat16)}:
-        dtype, total = np.dtype(jnp.bfloat16), np.float32
-    else:
-        dtype, total = np.dtype(wide), wide
-    params["preferred_element_type"] = np.dtype(total)
+    dtype, total = _dtype(equation, axes, operands)
     x, y = _operand.held(lhs.elements, lhs.fmt, dtype), _operand.held(rhs.elements, rhs.fmt, dtype)
-    out = equation.primitive.bind(x, y, **params)
+    out = equation.primitive.bind(x, y, **equation.params | {"preferred_element_type": total})
     if dtype == np.int8:
         unit = 2.0 ** (_operand.lowest_bit(lhs.fmt) + _operand.lowest_bit(rhs.fmt))
         return out.astype(np.float32) * np.float32(unit)
     return out
+
+
+def _dtype(equation, axes: tuple[Axes, Axes], operands: list[Operand]) -> tuple[np.dtype, np.dtype]:
+    """Returns the dtype in which to multiply, and that in which to sum.
+
+    The CPU is slow where others are not: in bfloat16 and int8 where the lhs is not contracted over its last axis, and
+    in the gradients of int8 convolutions. There float32 or bfloat16 is taken instead. Products of int8 are summed
+    exactly in any case, but for convolutions: up to 2^10 of them are below 2^24.
+    """
+    wide = np.dtype(jnp.promote_types(*(o.elements.dtype for o in operands)))
+    wide = wide if jnp.finfo(wide).bits >= 32 else np.dtype(np.float32)
+    precision = equation.params["precision"]
+    if precision is not None and not isinstance(precision, lax.Precision | tuple):
+        return wide, wide
+    narrow = {
+        np.dtype(jnp.bfloat16) if o.elements.dtype == jnp.bfloat16 else _operand.narrow_dtype(o.fmt, wide)
+        for o in operands
+    }
+    is_dot, on_cpu = equation.primitive is lax.dot_general_p, jax.default_backend() == "cpu"
+    depth = math.prod(equation.invars[0].aval.shape[a] for a in axes[0].contract)
+    if narrow == {np.dtype(np.int8)} and is_dot and (2**10 < depth < 2**17 or (depth < 2**17 and not on_cpu)):
+        return np.dtype(np.int8), np.dtype(np.int32)
+    last = axes[0].contract == (equation.invars[0].aval.ndim - 1,)
+    if narrow <= {np.dtype(np.int8), np.dtype(jnp.bfloat16)} and not (on_cpu and is_dot and not last):
+        return np.dtype(jnp.bfloat16), np.dtype(np.float32)
+    return wide, wide
 
 
 def _scale_shapes(equation, axes: tuple[Axes, Axes], operands: list[Operand]):

@@ -25,7 +25,7 @@ LAYERS = (
     ("_accumulator", "_operand"),
     ("_recipe",),
     ("_product",),
-    ("_dot",),
+    ("_dot", "recipes"),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Who else may import what.
