@@ -3,6 +3,7 @@
 Constants are recipes; what has a parameter in its source is a function that returns one.
 """
 
+import dataclasses
 from typing import Literal
 
 from qjax._accumulator import Accumulator
@@ -76,6 +77,13 @@ FP8_HYBRID = uniform(_tensor(E4M3), _tensor(E5M2))
 
 Source: as ``FP8``; NVIDIA Transformer Engine, recipe ``Float8CurrentScaling``. Deviation: the scale is float32, amax
 divided by the largest value of the format; Transformer Engine takes the reciprocal, and can round it to a power of two.
+"""
+
+FP8_DELAYED = dataclasses.replace(FP8_HYBRID, history=1024)
+"""As ``FP8_HYBRID``, with scales from the largest magnitudes of the last 1024 steps ("delayed scaling").
+
+Source: Micikevicius et al. (2022), section 4; NVIDIA Transformer Engine, recipe ``DelayedScaling``; the state is handed
+on as in ``flax.linen.fp8_ops``, whose scales these are. Deviation: a history of zeros gives the scale 1.
 """
 
 MXFP8 = uniform(MXFP8_E4M3)
