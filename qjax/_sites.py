@@ -127,6 +127,12 @@ def _path(names: tuple[str, ...], root: str) -> str:
     return "/".join(filter(None, names))
 
 
+def current_module() -> str:
+    """Returns the path of the module whose scope this is called in, or ""."""
+    names = [s.name for s in source_info_util.current_name_stack().stack if s.name.startswith(MODULE)]
+    return names[-1][len(MODULE) :] if names else ""
+
+
 def _fixed(place: _jaxpr.Place) -> str:
     if place.inside:
         return f"it is inside a {place.inside}, whose own rules say what happens"
