@@ -1,12 +1,34 @@
 """qjax: any number format, anywhere in a JAX program, bit for bit."""
 
 from qjax import formats as formats
+from qjax._accumulator import Accumulator
 from qjax._chop import chop
+from qjax._dot import conv_general_dilated, dot_general
 from qjax._encode import QTensor, decode, encode
+from qjax._hadamard import Hadamard
+from qjax._quantizer import Clipped, Quantizer, StraightThrough, TrustMasked
+from qjax._recipe import Gemm, Recipe
 from qjax._rounding import Rounding
 from qjax.formats import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = ["QTensor", "Rounding", "chop", "decode", "encode", "formats"]
+__all__ = [
+    "Accumulator",
+    "Clipped",
+    "Gemm",
+    "Hadamard",
+    "QTensor",
+    "Quantizer",
+    "Recipe",
+    "Rounding",
+    "StraightThrough",
+    "TrustMasked",
+    "chop",
+    "conv_general_dilated",
+    "decode",
+    "dot_general",
+    "encode",
+    "formats",
+]
 __all__ += formats.__all__

@@ -79,14 +79,23 @@ def _divide(x, scale):
 def _quantize_blocks(x, fmt: Scaled, mode: Mode, scale, random: Random | None) -> tuple[Any, Parts]:
     blocks = blocks_of(fmt, x.shape, mode.axis)
     inner = mode._replace(fmt=fmt.element, saturate=True)
-    if scale is not None:
-        scale = jnp.broadcast_to(_nearest_scale(jnp.abs(scale), fmt), blocks.counts)
     if fmt.zero_point is not None:
+        scale = None if scale is None else _given_scale(scale, fmt, blocks)
         return _quantize_affine(x, fmt, inner, blocks, scale, random)
-    if scale is None:
-        largest = _largest(x, blocks)
-        scale = _best_scale(x, largest, fmt, blocks, inner, random) if fmt.rule == "mse" else _rule(largest, fmt)
+    scale = _scale_of(x, fmt, inner, blocks, scale, random)
     return _quantize_with(x, scale, fmt, blocks, inner, random)
+
+
+def _given_scale(scale, fmt: Scaled, blocks: Blocks):
+    return jnp.broadcast_to(_nearest_scale(jnp.abs(scale), fmt), blocks.counts)
+
+
+def _scale_of(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random: Random | None):
+    """Returns the scale of each block: the given one in the scale's format, or that of the rule."""
+    if scale is not None:
+        return _given_scale(scale, fmt, blocks)
+    largest = _largest(x, blocks)
+    return _best_scale(x, largest, fmt, blocks, inner, random) if fmt.rule == "mse" else _rule(largest, fmt)
 
 
 def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: Random | None) -> tuple[Any, Parts]:
@@ -223,3 +232,36 @@ def _quantize_affine(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random:
     codes = jnp.clip(steps + zeros, c.float(0), c.float(element.max))
     value = _hold(multiply(codes - zeros, blocks.spread(scale)), inner.dtype)
     return value, Parts(codes, 0, (scale,), (zero,))
+
+
+def quantize_apart(x, mode: Mode, *, scale=None, random: Random | None = None) -> tuple[Any, Any]:
+    """Returns x rounded to a ``Scaled`` format as (elements, scale of each block), not yet multiplied.
+
+    The elements are values of the element format, its own scales within, the zero point taken off.
+    """
+    fmt = mode.fmt
+    assert isinstance(fmt, Scaled)
+    blocks = blocks_of(fmt, x.shape, mode.axis)
+    if fmt.zero_point is not None:
+        _, parts = quantize(x, mode, scale=scale, random=random)
+        return parts.elements - blocks.spread(parts.zero_points[0]), parts.scales[0]
+    if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
+        _, parts = quantize(x, mode, scale=scale, random=random)
+        return _unshifted(parts.elements, parts.shift), parts.scales[0]
+    inner = mode._replace(fmt=fmt.element, saturate=True)
+    scale = _scale_of(x, fmt, inner, blocks, scale, random)
+    scale = lax.optimization_barrier(scale)
+    elements, _ = quantize(_divide(x, blocks.spread(scale)), inner._replace(dtype=x.dtype), random=random)
+    return elements, scale
+
+
+def _unshifted(x, shift):
+    """Returns ``x 2^-shift``, exact where x is ``2^shift`` times a normal number."""
+    c = _carrier.carrier(x.dtype)
+    bits = _carrier.to_bits(x, c)
+    magnitude = bits & c.uint(c.sign - 1)
+    field = (magnitude >> c.mantissa_bits).astype(c.int)
+    fraction = magnitude & c.uint(2**c.mantissa_bits - 1)
+    integer = jnp.where(field > 0, fraction | c.uint(2**c.mantissa_bits), fraction)
+    power = jnp.maximum(field, 1) - (c.bias + c.mantissa_bits) - shift
+    return _carrier.from_bits(_carrier.compose(integer, power, c) | bits & c.uint(c.sign), c)

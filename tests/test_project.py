@@ -21,7 +21,11 @@ LAYERS = (
     ("_scaled",),
     ("_chop",),
     ("_packing",),
-    ("_encode",),
+    ("_encode", "_quantizer", "_hadamard"),
+    ("_accumulator", "_operand"),
+    ("_recipe",),
+    ("_product",),
+    ("_dot",),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Who else may import what.

@@ -1,0 +1,225 @@
+"""``Accumulator``: how the products of a dot are summed, in any format; its reference is its implementation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax import _carrier, _random, _rounding
+from qjax._chop import RoundingLike, _rounding_named
+from qjax._rounding import Rounding
+from qjax.formats import Fixed, Float, Format, format
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, init=False)
+class Accumulator:
+    """The register that the products of a dot are summed in, as if the hardware had it.
+
+    The products of ``chunk`` neighbours along the contraction are summed, then added to the register, which rounds:
+    ``acc = round(acc + (x[k] y[k] + ... + x[k + chunk - 1] y[k + chunk - 1]))``. Every ``promote`` products the
+    register is added to a float32 total and cleared.
+
+    The register holds elements: scales that are constant along the contraction multiply the result. Block scales
+    multiply the elements, unless the blocks are whole multiples of ``promote``: then they multiply what is promoted.
+
+    Args:
+      fmt: the format of the register, a ``Float`` or a ``Fixed`` (that wraps or saturates as it says), or its name.
+      rounding: a ``Rounding`` or its name.
+      chunk: how many products are summed before the register rounds; 1 is multiply-accumulate by multiply-accumulate.
+      promote: after how many products, a multiple of chunk, the register is added to the float32 total; None: never.
+      saturate: whether overflow of a ``Float`` register gives its largest value.
+      detect: whether a ``Fixed`` register answers NaN where it overflowed, instead of wrapping or saturating.
+
+    The sum of a chunk is that of a float32 dot (exact if the products are and their sum has at most 24 bits), its
+    addition to the register is exact before it rounds: once, in a ``Float`` of up to 21 mantissa bits. Float32 itself,
+    to nearest, is the carrier's addition. A ``Fixed`` register sums the integers of ``Fixed`` elements, exactly, and
+    has the sum of their fraction bits; where it saturates or detects, the sum of a chunk must fit 32 bits.
+
+    Raises:
+      TypeError, ValueError: if an argument is none of these.
+
+    >>> import qjax
+    >>> qjax.Accumulator("fp16", chunk=4).fmt
+    Float(5, 10)
+
+    Sources: Wang et al. (2018), Training deep neural networks with 8-bit floating point numbers,
+    https://arxiv.org/abs/1812.08011, section 2 (chunks); DeepSeek-V3 (2024), https://arxiv.org/abs/2412.19437, section
+    3.3.2 (promotion); Das et al. (2018), https://arxiv.org/abs/1802.00930, section 4 (integer chains); Boldo and
+    Melquiond (2008) for the exact addition by rounding to odd.
+    """
+
+    fmt: Float | Fixed
+    rounding: Rounding
+    chunk: int
+    promote: int | None
+    saturate: bool
+    detect: bool
+
+    def __init__(
+        self,
+        fmt: Format | str,
+        rounding: RoundingLike = Rounding.NEAREST_EVEN,
+        *,
+        chunk: int = 1,
+        promote: int | None = None,
+        saturate: bool = False,
+        detect: bool = False,
+    ):
+        fmt = format(fmt)
+        if not isinstance(fmt, Float | Fixed):
+            raise TypeError(f"Accumulator: fmt must be a Float or a Fixed, got {fmt!r}.")
+        rounding = _rounding_named("Accumulator", rounding)
+        if isinstance(fmt, Float) and fmt.mantissa_bits > 21 and (fmt, rounding) != (_F32, Rounding.NEAREST_EVEN):
+            raise ValueError(
+                f"Accumulator: {fmt!r} with rounding {rounding.value!r} cannot be rounded once on float32; "
+                "take at most 21 mantissa bits, or fp32 with 'nearest_even'."
+            )
+        if isinstance(fmt, Fixed) and fmt.bits > 32:
+            raise ValueError(f"Accumulator: a Fixed register has at most 32 bits, got {fmt!r}.")
+        if chunk < 1 or (promote is not None and (promote < chunk or promote % chunk)):
+            raise ValueError(
+                "Accumulator: chunk must be positive and promote a multiple of it, "
+                f"got chunk={chunk}, promote={promote}."
+            )
+        if detect and not isinstance(fmt, Fixed):
+            raise ValueError(f"Accumulator: detect needs a Fixed register, got {fmt!r}; a Float overflows to infinity.")
+        for name, value in (
+            ("fmt", fmt),
+            ("rounding", rounding),
+            ("chunk", chunk),
+            ("promote", promote),
+            ("saturate", saturate),
+            ("detect", detect),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether it needs a key."""
+        return self.rounding.is_stochastic
+
+
+_F32 = Float(8, 23)
+
+
+def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, fractions: tuple[int, int] | None = None):
+    """Returns the products of rows, ``(b, m, k) x (b, n, k) -> (b, m, n)``, summed by an accumulator, as float32.
+
+    Args:
+      lhs, rhs: float32 arrays of elements.
+      key: for a stochastic accumulator.
+      scales: scales of what is promoted, ``(b, m, segments)`` and ``(b, n, segments)``, or None.
+      fractions: the fraction bits of the elements, if both are ``Fixed``.
+    """
+    depth = lhs.shape[-1]
+    segment = accumulator.promote or max(-(-depth // accumulator.chunk) * accumulator.chunk, accumulator.chunk)
+    segments = max(-(-depth // segment), 1)
+    padding = [(0, 0), (0, 0), (0, segments * segment - depth)]
+
+    def chunks(x):
+        """Returns x as (segments, chunks of a segment, b, rows, chunk), zeros where it is padded."""
+        x = jnp.pad(x, padding).reshape(*x.shape[:2], segments, segment // accumulator.chunk, accumulator.chunk)
+        return jnp.moveaxis(x, (2, 3), (0, 1))
+
+    if isinstance(accumulator.fmt, Fixed):
+        assert fractions is not None
+        lhs, rhs = (jnp.round(x * 2.0**f).astype(jnp.int32) for x, f in zip((lhs, rhs), fractions, strict=True))
+        start, add = _integer_register(accumulator)
+    else:
+        start, add = _float_register(accumulator)
+    shape = (*lhs.shape[:2], rhs.shape[1])
+
+    def add_chunk(register, operands):
+        x, y, place = operands
+        return add(register, x, y, None if key is None else jax.random.fold_in(key, place)), None
+
+    def add_segment(total, operands):
+        x, y, places, scale = operands
+        register, _ = lax.scan(add_chunk, start(shape), (x, y, places))
+        value = register if isinstance(register, jax.Array) else _read(register, accumulator)
+        if scale is not None:
+            value = value * scale[0][:, :, None] * scale[1][:, None, :]
+        return total + value, None
+
+    places = jnp.arange(segments * segment // accumulator.chunk).reshape(segments, -1)
+    scales = scales and tuple(jnp.moveaxis(s, -1, 0) for s in scales)
+    operands = (chunks(lhs), chunks(rhs), places, scales)
+    if segments == 1:
+        return add_segment(jnp.float32(0), jax.tree.map(lambda x: x[0], operands))[0]
+    return lax.scan(add_segment, jnp.zeros(shape, jnp.float32), operands)[0]
+
+
+_ROWS = (((2,), (2,)), ((0,), (0,)))
+
+
+def _float_register(accumulator: Accumulator):
+    fmt = accumulator.fmt
+
+    def add(register, x, y, key):
+        part = lax.dot_general(x, y, _ROWS, precision=lax.Precision.HIGHEST, preferred_element_type=np.float32)
+        if fmt == _F32:
+            return register + part
+        words = None
+        if key is not None:
+            bits = min(32, _rounding.max_random_bits(accumulator.rounding, 32))
+            words = _rounding.Random(_random.random_words(key, part.shape, bits, 32), bits)
+        total = _sum_to_odd(register, part)
+        return _rounding.round_to(total, fmt, accumulator.rounding, random=words, saturate=accumulator.saturate)
+
+    return (lambda shape: jnp.zeros(shape, jnp.float32)), add
+
+
+def _sum_to_odd(a, b):
+    """Returns a + b rounded to odd, of which any shorter rounding is that of the exact sum."""
+    # The barrier keeps a product in b from being contracted into the sum, of which the error is then another.
+    b = lax.optimization_barrier(b)
+    total = a + b
+    part = total - a
+    error = (a - (total - part)) + (b - part)
+    c = _carrier.carrier(total.dtype)
+    bits = _carrier.to_bits(total, c).astype(c.int)
+    inexact = (error > 0) | (error < 0)
+    away = jnp.where((error > 0) == (bits >= 0), 1, -1)
+    return _carrier.from_bits(jnp.where(inexact & (bits & 1 == 0), bits + away, bits).astype(c.uint), c)
+
+
+def _integer_register(accumulator: Accumulator):
+    """The register is (integer, whether it overflowed)."""
+    fmt = accumulator.fmt
+    assert isinstance(fmt, Fixed)
+    watched = accumulator.detect or fmt.overflow == "saturate"
+
+    def start(shape):
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+
+    def add(register, x, y, key):
+        value, overflowed = register
+        part = lax.dot_general(x, y, _ROWS, preferred_element_type=np.int32)
+        total = value + part
+        if not watched:
+            return total, overflowed
+        # Two summands of one sign whose sum has the other: 32 bits overflowed.
+        beyond = ((value ^ total) & (part ^ total)) < 0
+        low, high = np.int32(max(fmt.min_integer, -(2**31))), np.int32(min(fmt.max_integer, 2**31 - 1))
+        over = beyond | (total < low) | (total > high)
+        clipped = jnp.where(jnp.where(beyond, value, total) < 0, low, high)
+        return jnp.where(over, clipped, total), overflowed | over
+
+    return start, add
+
+
+def _read(register, accumulator: Accumulator):
+    """Returns the value of an integer register as float32, NaN where it overflowed if that is to be detected."""
+    fmt = accumulator.fmt
+    assert isinstance(fmt, Fixed)
+    value, overflowed = register
+    if fmt.overflow == "wrap" and not accumulator.detect and fmt.bits < 32:
+        value = value << (32 - fmt.bits)
+        value = (
+            value >> (32 - fmt.bits) if fmt.signed else (value.astype(jnp.uint32) >> (32 - fmt.bits)).astype(jnp.int32)
+        )
+    value = value.astype(jnp.float32) * np.float32(2.0**-fmt.fraction_bits)
+    return jnp.where(overflowed, jnp.float32(np.nan), value) if accumulator.detect else value

@@ -1,0 +1,222 @@
+"""``dot_general`` and ``conv_general_dilated`` with every operand of the product and of its gradients in a format."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from qjax._encode import decode, encode
+from qjax._product import axes_of, product, rotated, swapped
+from qjax._quantizer import Quantizer
+from qjax._recipe import Gemm, Recipe
+
+
+def dot_general(
+    lhs,
+    rhs,
+    dimension_numbers,
+    precision=None,
+    preferred_element_type=None,
+    *,
+    recipe: Recipe | None,
+    key: Array | None = None,
+    out_sharding=None,
+) -> Array:
+    """Returns ``jax.lax.dot_general(lhs, rhs, ...)`` with the operands of all three products rounded as a recipe says.
+
+    Each product rounds its operands in blocks along its own contraction. Scales that are constant along it multiply the
+    result; other scales multiply the elements. The elements are multiplied in the narrowest of int8, bfloat16 and their
+    own dtype that holds both operands exactly, and summed in int32 or float32, or as the accumulator says.
+
+    Args:
+      lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding: as in ``jax.lax.dot_general``. A
+        ``precision`` that names an algorithm keeps the operands in their own dtype.
+      recipe: a ``Recipe``; an empty one or None is ``jax.lax.dot_general``, bit for bit, gradients included.
+      key: the PRNG key of a stochastic recipe. Each operand gets its own.
+
+    Gradient: in reverse mode, the products ``dlhs`` and ``drhs`` of the recipe. Forward mode is refused by JAX.
+
+    Raises:
+      TypeError, ValueError: for a missing key, a key that nothing would use, and as ``chop`` does.
+
+    >>> import jax.numpy as jnp, qjax
+    >>> int8 = qjax.Quantizer("int8_channel")
+    >>> recipe = qjax.Recipe(qjax.Gemm(int8, int8))
+    >>> x, w = jnp.ones((2, 3), jnp.float32), jnp.full((3, 1), 0.5, jnp.float32)
+    >>> qjax.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=recipe)
+    Array([[1.5],
+           [1.5]], dtype=float32)
+    """
+    options = dict(dimension_numbers=dimension_numbers, precision=precision)
+    options |= dict(preferred_element_type=preferred_element_type, out_sharding=out_sharding)
+    return _linear("dot_general", lax.dot_general, lhs, rhs, options, recipe, key)
+
+
+def conv_general_dilated(
+    lhs,
+    rhs,
+    window_strides,
+    padding,
+    lhs_dilation=None,
+    rhs_dilation=None,
+    dimension_numbers=None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision=None,
+    preferred_element_type=None,
+    *,
+    recipe: Recipe | None,
+    key: Array | None = None,
+) -> Array:
+    """Returns ``jax.lax.conv_general_dilated(lhs, rhs, ...)`` with all three products rounded as a recipe says.
+
+    Everything is as in ``dot_general``. Blocks lie along the input features, within a group; "axis" blocks of the
+    kernel span all that an output feature is summed over. The gradients are convolutions too, in which the batch may
+    be the features: blocks then lie along it. A rotation is along the features.
+
+    Raises:
+      TypeError, ValueError: as ``dot_general``; for a rotation that a convolution cannot undo.
+
+    >>> import jax.numpy as jnp, qjax
+    >>> recipe = qjax.Recipe(qjax.Gemm(qjax.Quantizer("e4m3"), qjax.Quantizer("e4m3")))
+    >>> x, w = jnp.full((1, 1, 4), 0.3, jnp.float32), jnp.ones((1, 1, 3), jnp.float32)
+    >>> qjax.conv_general_dilated(x, w, (1,), "VALID", recipe=recipe)
+    Array([[[0.9375, 0.9375]]], dtype=float32)
+    """
+    options = dict(window_strides=window_strides, padding=padding, lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation)
+    options |= dict(dimension_numbers=dimension_numbers, feature_group_count=feature_group_count)
+    options |= dict(batch_group_count=batch_group_count, precision=precision)
+    options |= dict(preferred_element_type=preferred_element_type)
+    return _linear("conv_general_dilated", lax.conv_general_dilated, lhs, rhs, options, recipe, key)
+
+
+def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | None, key):
+    if recipe is None:
+        recipe = Recipe()
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"{caller}: recipe must be a qjax.Recipe or None, got {recipe!r}.")
+    if recipe.is_stochastic and key is None:
+        raise ValueError(f"{caller}: the recipe is stochastic; give key=jax.random.key(...).")
+    if key is not None and not recipe.is_stochastic:
+        raise ValueError(f"{caller}: key was given, but nothing in the recipe is stochastic; leave key out.")
+    if recipe.is_empty:
+        return operation(lhs, rhs, **options)
+    for name, x in (("lhs", lhs), ("rhs", rhs)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{caller}: {name} has dtype {x.dtype}; only float operands can be quantized.")
+    return _product(_Static(operation, tuple((k, _frozen(v)) for k, v in options.items()), recipe), lhs, rhs, key)
+
+
+def _frozen(value):
+    """Returns an option in which lists are tuples, so that it can be hashed; named tuples stay what they are."""
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return tuple(map(_frozen, value))
+    return value
+
+
+class _Static(NamedTuple):
+    """What of a product is static."""
+
+    operation: Callable
+    options: tuple
+    recipe: Recipe
+
+    def product(self, lhs, rhs):
+        return self.operation(lhs, rhs, **dict(self.options))
+
+    def transpose(self, place: int, gradient, other, mine):
+        """Returns the gradient of an operand, lhs (0) or rhs (1), as lax has it."""
+        linear = (lambda x: self.product(x, other)) if place == 0 else (lambda x: self.product(other, x))
+        return jax.linear_transpose(linear, mine)(gradient)[0]
+
+
+# The keys of the products: those of the operands are 0 to 5.
+_FORWARD, _DLHS, _DRHS = 0, 1, 2
+
+
+def _keys(key, product: int, gemm: Gemm) -> dict[str, Any]:
+    """Returns the key of each stochastic part of a product."""
+    numbers = {"lhs": 2 * product, "rhs": 2 * product + 1, "accumulator": 6 + product, "rotate": 9 + product}
+    numbers |= {"rotate_lhs": 12 + 2 * product, "rotate_rhs": 13 + 2 * product}
+    parts = {name: getattr(gemm, name) for name in numbers}
+    return {
+        name: jax.random.fold_in(key, numbers[name]) if part is not None and part.is_stochastic else None
+        for name, part in parts.items()
+    }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(static: _Static, lhs, rhs, key):
+    return _product_forward(static, lhs, rhs, key)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _product_forward(static: _Static, lhs, rhs, key):
+    recipe, gemm = static.recipe, static.recipe.forward
+    kept: list[Any] = []
+    keys = _keys(key, _FORWARD, gemm)
+    out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, keys, kept)
+    residuals = []
+    for place, (x, save) in enumerate(((lhs, recipe.save_lhs), (rhs, recipe.save_rhs))):
+        operand, slope = kept[place]
+        if save == "quantized":
+            saved = operand.value.astype(x.dtype)
+        elif isinstance(save, Quantizer):
+            number = jax.random.fold_in(key, 18 + place) if save.is_stochastic else None
+            saved = encode(x, save.fmt, save.rounding, key=number, saturate=save.saturate)
+        else:
+            saved = x
+        residuals.append((saved, slope))
+    return out, (*residuals, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _product_backward(static: _Static, residuals, gradient):
+    (lhs, lhs_slope), (rhs, rhs_slope), key = residuals
+    recipe, forward = static.recipe, static.recipe.forward
+    saves = (recipe.save_lhs, recipe.save_rhs)
+    lhs, rhs = (decode(x) if isinstance(save, Quantizer) else x for x, save in zip((lhs, rhs), saves, strict=True))
+    to_lhs = jax.make_jaxpr(functools.partial(static.transpose, 0, mine=lhs))(gradient, rhs)
+    to_rhs = jax.make_jaxpr(functools.partial(static.transpose, 1, mine=rhs))(gradient, lhs)
+    dlhs = _evaluate(to_lhs, recipe.dlhs, gradient, rhs, _keys(key, _DLHS, recipe.dlhs))
+    # The transpose takes (gradient, lhs), the recipe says (lhs, gradient).
+    drhs = _evaluate(to_rhs, recipe.drhs.swapped(), gradient, lhs, swapped(_keys(key, _DRHS, recipe.drhs)))
+    axes = axes_of(jax.make_jaxpr(static.product)(lhs, rhs).jaxpr.eqns[-1])
+    rotation_key = _keys(key, _FORWARD, forward)["rotate"]
+    results = []
+    for gradient, slope, save, where in zip((dlhs, drhs), (lhs_slope, rhs_slope), saves, axes, strict=True):
+        # The slope is that of the rotated operand. A straight-through slope commutes with the rotation.
+        turn = forward.rotate if save == "quantized" or slope is not None else None
+        x = gradient if save == "quantized" else rotated(gradient, turn, where, rotation_key)
+        x = x if slope is None else x * slope.astype(x.dtype)
+        results.append(rotated(x, turn, where, rotation_key, inverse=True))
+    return *results, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _evaluate(program, gemm: Gemm, first, second, keys: dict, kept: list | None = None):
+    """Returns the value of a jaxpr of two arguments that has one product, as a Gemm has it.
+
+    Args:
+      gemm: its lhs is what derives from the first argument.
+      kept: gets the operands of the product and their slopes, if given.
+    """
+    jaxpr = program.jaxpr
+    values, of_first = dict(zip(jaxpr.invars, (first, second), strict=True)), {jaxpr.invars[0]}
+    for equation in jaxpr.eqns:
+        operands = [values[v] for v in equation.invars]
+        of_first |= set(equation.outvars) if of_first & set(equation.invars) else set()
+        if equation.primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
+            mine = (gemm, keys) if equation.invars[0] in of_first else (gemm.swapped(), swapped(keys))
+            lhs, rhs = operands
+            result = product(equation, mine[0], lhs, rhs, mine[1], kept)
+        else:
+            result = equation.primitive.bind(*operands, **equation.params)
+        values[equation.outvars[0]] = result
+    return values[jaxpr.outvars[0]]

@@ -1,0 +1,259 @@
+"""One product, of a ``dot_general`` or convolution equation, as a ``Gemm`` has it."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax import _operand
+from qjax._accumulator import Accumulator, accumulate
+from qjax._operand import Axes, Operand
+from qjax._quantizer import Quantizer, StraightThrough, derivative
+from qjax._recipe import Gemm
+from qjax.formats import Fixed
+
+
+def axes_of(equation) -> tuple[Axes, Axes]:
+    """Returns the axes of the two operands of a product."""
+    numbers = equation.params["dimension_numbers"]
+    ranks = [v.aval.ndim for v in equation.invars]
+    if equation.primitive is lax.dot_general_p:
+        contract, batch = numbers
+        free = [
+            tuple(a for a in range(rank) if a not in (*c, *b))
+            for rank, c, b in zip(ranks, contract, batch, strict=True)
+        ]
+        return Axes(contract[0], batch[0], free[0]), Axes(contract[1], batch[1], free[1])
+    lhs, rhs = numbers.lhs_spec, numbers.rhs_spec
+    return Axes((lhs[1],), (), (lhs[0], *lhs[2:])), Axes((*rhs[2:], rhs[1]), (), (rhs[0],), block=rhs[1])
+
+
+def rotated(x, rotation, axes: Axes, key, inverse: bool = False, free: bool = False):
+    """Returns x rotated (if rotation is not None) along its contraction, or along its free axes."""
+    if rotation is None:
+        return x
+    if free:
+        axes = Axes(axes.free, axes.batch, axes.contract)
+    elif axes.block is not None:
+        axes = Axes((axes.block,), axes.batch, tuple(a for a in axes.order if a != axes.block))
+    turn = rotation.inverse if inverse else rotation
+    return _operand.from_rows(turn(_operand.to_rows(x, axes), key=key), axes, x.shape)
+
+
+def product(equation, gemm: Gemm, lhs, rhs, keys: dict, kept: list | None = None):
+    """Returns the product of an equation as a Gemm has it, in the dtype of the equation.
+
+    Args:
+      keys: the keys of the stochastic parts of the Gemm, by name.
+      kept: gets the two operands, each with the slope of its estimator (None for 1), if given.
+    """
+    if gemm.is_empty:
+        if kept is not None:
+            kept += [(Operand(lhs), None), (Operand(rhs), None)]
+        return equation.primitive.bind(lhs, rhs, **equation.params)
+    is_dot = equation.primitive is lax.dot_general_p
+    axes = axes_of(equation)
+    groups = 1 if is_dot else equation.params["feature_group_count"]
+    if not is_dot and (gemm.rotate_lhs or gemm.rotate_rhs or (gemm.rotate and groups > 1)):
+        raise ValueError(
+            "conv_general_dilated: a convolution can be rotated along its features alone (rotate), and not in groups."
+        )
+    promote = gemm.accumulator.promote if gemm.accumulator and is_dot else None
+    operands = []
+    for name, given, where in zip(("lhs", "rhs"), (lhs, rhs), axes, strict=True):
+        quantizer, turn = getattr(gemm, name), getattr(gemm, f"rotate_{name}")
+        x = rotated(given, gemm.rotate, where, keys["rotate"])
+        x = rotated(x, turn, where, keys[f"rotate_{name}"], free=True)
+        if groups > 1 and name == "lhs" and quantizer is not None:
+            operand = _grouped(x, quantizer, where, groups, keys[name])
+        else:
+            operand = _operand.quantized(x, quantizer, where, key=keys[name], promote=promote)
+        if not is_dot and name == "lhs" and operand.scale is not None and operand.scale.size > 1:
+            assert quantizer is not None
+            operand = Operand(operand.value, fmt=quantizer.fmt)
+        operands.append(operand)
+        if kept is not None:
+            slope = None
+            if quantizer is not None and not isinstance(quantizer.estimator, StraightThrough):
+                slope = _slope(x, operand, quantizer, where)
+            kept.append((operand, slope))
+    if gemm.accumulator is not None:
+        _check_register(gemm.accumulator, operands)
+        accumulated = _accumulated_dot if is_dot else _accumulated_conv
+        out = accumulated(equation, gemm.accumulator, operands, axes, keys["accumulator"])
+    else:
+        out = _narrow(equation, axes, operands)
+    for operand, scale_shape in zip(operands, _scale_shapes(equation, axes, operands), strict=True):
+        if operand.scale is not None:
+            out = out * scale_shape(operand.scale)
+    dtype = equation.outvars[0].aval.dtype
+    out = out.astype(dtype)
+    start = len(axes[0].batch)
+    for turn, where, key in (
+        (gemm.rotate_lhs, axes[0], keys["rotate_lhs"]),
+        (gemm.rotate_rhs, axes[1], keys["rotate_rhs"]),
+    ):
+        mine = tuple(range(start, start + len(where.free)))
+        out = rotated(out, turn, Axes(mine, (), tuple(a for a in range(out.ndim) if a not in mine)), key, inverse=True)
+        start += len(where.free)
+    return out
+
+
+def swapped(keys: dict) -> dict:
+    """Returns the keys of ``Gemm.swapped()``."""
+    pairs = {"lhs": "rhs", "rhs": "lhs", "rotate_lhs": "rotate_rhs", "rotate_rhs": "rotate_lhs"}
+    return {name: keys[pairs.get(name, name)] for name in keys}
+
+
+def _check_register(accumulator: Accumulator, operands: list[Operand]) -> None:
+    """Raises if a register cannot hold the sums of the elements."""
+    name, fmt = "dot_general: ", accumulator.fmt
+    if any(jnp.finfo(o.elements.dtype).bits > 32 for o in operands):
+        raise TypeError(f"{name}an Accumulator works on float32; got float64 operands, convert them.")
+    if isinstance(fmt, Fixed):
+        fractions = _fractions(operands)
+        if fractions is None or sum(fractions) != fmt.fraction_bits:
+            raise ValueError(
+                f"{name}the register {fmt!r} sums integers of {fmt.fraction_bits} fraction bits; the operands have "
+                f"{' and '.join(repr(o.fmt) for o in operands)}. Give both a Fixed format (with scales that are "
+                "constant along the contraction, if any), and the register the sum of their fraction bits."
+            )
+
+
+def _slope(x, operand: Operand, quantizer: Quantizer, axes: Axes):
+    """Returns the derivative of rounding, in the layout of x."""
+    rows, value = (_operand.to_rows(a, axes) for a in (x, operand.value.astype(x.dtype)))
+    return _operand.from_rows(derivative(quantizer, rows, value, -1), axes, x.shape)
+
+
+def _grouped(x, quantizer: Quantizer, axes: Axes, groups: int, key) -> Operand:
+    """Returns the lhs of a grouped convolution as an operand: blocks lie within a group."""
+    (feature,) = axes.contract
+    split = x.reshape(*x.shape[:feature], groups, x.shape[feature] // groups, *x.shape[feature + 1 :])
+    free = tuple(a for a in range(split.ndim) if a != feature + 1)
+    operand = _operand.quantized(split, quantizer, Axes((feature + 1,), (), free), key=key)
+    if operand.scale is not None and operand.scale.size == 1:
+        return Operand(operand.elements.reshape(x.shape), operand.scale.reshape((1,) * x.ndim), fmt=operand.fmt)
+    return Operand(operand.value.reshape(x.shape), fmt=quantizer.fmt)
+
+
+def _narrow(equation, axes: tuple[Axes, Axes], operands: list[Operand]):
+    """Returns the product of the elements, in the narrowest dtype that holds both exactly."""
+    lhs, rhs = operands
+    wide = jnp.promote_types(*(o.elements.dtype for o in operands))
+    if jnp.finfo(wide).bits < 32:
+        wide = np.dtype(np.float32)
+    params = dict(equation.params)
+    named = params["precision"] is not None and not isinstance(params["precision"], lax.Precision | tuple)
+    dtypes = [
+        np.dtype(jnp.bfloat16)
+        if o.elements.dtype == jnp.bfloat16
+        else np.dtype(wide)
+        if o.fmt is None or named
+        else _operand.narrow_dtype(o.fmt, np.dtype(wide))
+        for o in operands
+    ]
+    shapes = [v.aval.shape for v in equation.invars]
+    depth = max(math.prod(s[a] for a in w.contract) for s, w in zip(shapes, axes, strict=True))
+    if set(dtypes) == {np.dtype(np.int8)} and depth < 2**17:  # int32 holds 2^17 - 1 products of -128
+        dtype, total = np.dtype(np.int8), np.int32
+    elif set(dtypes) <= {np.dtype(np.int8), np.dtype(jnp.bfloat16)}:
+        dtype, total = np.dtype(jnp.bfloat16), np.float32
+    else:
+        dtype, total = np.dtype(wide), wide
+    params["preferred_element_type"] = np.dtype(total)
+    x, y = _operand.held(lhs.elements, lhs.fmt, dtype), _operand.held(rhs.elements, rhs.fmt, dtype)
+    out = equation.primitive.bind(x, y, **params)
+    if dtype == np.int8:
+        unit = 2.0 ** (_operand.lowest_bit(lhs.fmt) + _operand.lowest_bit(rhs.fmt))
+        return out.astype(np.float32) * np.float32(unit)
+    return out
+
+
+def _scale_shapes(equation, axes: tuple[Axes, Axes], operands: list[Operand]):
+    """Returns for each operand the function that brings its scale to the axes of the result."""
+    ndim = equation.outvars[0].aval.ndim
+    if equation.primitive is lax.dot_general_p:
+        batch, mine, other = len(axes[0].batch), len(axes[0].free), len(axes[1].free)
+
+        def of_lhs(scale):
+            kept = lax.transpose(scale, axes[0].order).reshape([scale.shape[a] for a in axes[0].order[: batch + mine]])
+            return kept.reshape(*kept.shape, *(1,) * other)
+
+        def of_rhs(scale):
+            kept = [scale.shape[a] for a in axes[1].order[: batch + other]]
+            return lax.transpose(scale, axes[1].order).reshape(*kept[:batch], *(1,) * mine, *kept[batch:])
+
+        return of_lhs, of_rhs
+    numbers = equation.params["dimension_numbers"]
+
+    def of_kernel(scale):
+        shape = [1] * ndim
+        shape[numbers.out_spec[1]] = scale.shape[numbers.rhs_spec[0]]
+        return scale.reshape(shape)
+
+    return (lambda scale: scale.reshape((1,) * ndim)), of_kernel
+
+
+def _fractions(operands: list[Operand]) -> tuple[int, int] | None:
+    first, second = (o.fmt for o in operands)
+    if isinstance(first, Fixed) and isinstance(second, Fixed):
+        return first.fraction_bits, second.fraction_bits
+    return None
+
+
+def _accumulated_dot(equation, accumulator: Accumulator, operands: list[Operand], axes, key):
+    batch = [equation.invars[0].aval.shape[a] for a in axes[0].batch]
+    free = [[v.aval.shape[a] for a in w.free] for v, w in zip(equation.invars, axes, strict=True)]
+    rows, scales = [], []
+    for o, w, mine in zip(operands, axes, free, strict=True):
+        x = _operand.to_rows(o.elements.astype(np.float32), w)
+        rows.append(x.reshape(math.prod(batch), math.prod(mine), x.shape[-1]))
+        scales.append(None if o.segments is None else o.segments.reshape(*rows[-1].shape[:2], -1))
+    if any(s is not None for s in scales):
+        count = next(s.shape[-1] for s in scales if s is not None)
+        scales = [
+            jnp.ones((*r.shape[:2], count), np.float32) if s is None else s for r, s in zip(rows, scales, strict=True)
+        ]
+    out = accumulate(
+        rows[0],
+        rows[1],
+        accumulator,
+        key=key,
+        scales=None if scales[0] is None else tuple(scales),
+        fractions=_fractions(operands),
+    )
+    return out.reshape(*batch, *free[0], *free[1])
+
+
+def _accumulated_conv(equation, accumulator: Accumulator, operands: list[Operand], axes, key):
+    """The convolution as a product of patches and kernels."""
+    p, numbers = equation.params, equation.params["dimension_numbers"]
+    x = lax.transpose(operands[0].elements.astype(np.float32), numbers.lhs_spec)
+    kernel = lax.transpose(operands[1].elements.astype(np.float32), numbers.rhs_spec)
+    padding = [(0, 0, 0), (0, 0, 0)]
+    padding += [(low, high, d - 1) for (low, high), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
+    x = lax.pad(x, np.float32(0), padding)
+    windows = kernel.shape[2:]
+    for place, (window, stride, dilation) in enumerate(
+        zip(windows, p["window_strides"], p["rhs_dilation"], strict=True)
+    ):
+        axis = 2 + 2 * place
+        positions = (x.shape[axis] - dilation * (window - 1) - 1) // stride + 1
+        index = np.arange(max(positions, 0))[:, None] * stride + np.arange(window)[None] * dilation
+        x = jnp.take(x, index, axis=axis)
+    # (batch, features, position, window, position, window ...) to (groups, batch and positions, features and windows).
+    spatial = len(windows)
+    groups, batch_groups = p["feature_group_count"], p["batch_group_count"]
+    count = groups * batch_groups
+    n, features = x.shape[:2]
+    positions = [x.shape[2 + 2 * i] for i in range(spatial)]
+    x = x.reshape(batch_groups, n // batch_groups, groups, features // groups, *x.shape[2:])
+    place, window = [4 + 2 * i for i in range(spatial)], [5 + 2 * i for i in range(spatial)]
+    rows = lax.transpose(x, (0, 2, 1, *place, 3, *window)).reshape(count, n // batch_groups * math.prod(positions), -1)
+    kernels = kernel.reshape(count, kernel.shape[0] // count, -1)
+    out = accumulate(rows, kernels, accumulator, key=key, fractions=_fractions(operands))
+    out = out.reshape(count, n // batch_groups, *positions, kernels.shape[1])
+    out = jnp.moveaxis(out, (0, -1), (1, 2)).reshape(n // batch_groups, kernel.shape[0], *positions)
+    return lax.transpose(out, np.argsort(numbers.out_spec).tolist())

@@ -1,0 +1,116 @@
+"""``Gemm`` and ``Recipe``: what is quantized in the three products of a linear operation, and how each accumulates."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+
+from qjax._accumulator import Accumulator
+from qjax._hadamard import Hadamard
+from qjax._quantizer import Quantizer
+
+
+def _check(caller: str, fields: dict, kind: type, what: str) -> None:
+    for name, value in fields.items():
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{caller}: {name} must be {what} or None, got {value!r}.")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Gemm:
+    """One product of two operands: what each is rounded to, and how the products are summed.
+
+    Args:
+      lhs, rhs: the ``Quantizer`` of each operand, None to leave it as it is. Blocks lie along the contraction.
+      accumulator: the ``Accumulator``, None for the sum of the hardware in float32 (float64 for such operands).
+      rotate: a ``Hadamard`` of both operands along the contraction, before they are rounded.
+      rotate_lhs, rotate_rhs: a ``Hadamard`` of one operand along its other axes, undone on the result.
+
+    >>> import qjax
+    >>> e4m3 = qjax.Quantizer("e4m3_tensor")
+    >>> qjax.Gemm(e4m3, e4m3).is_empty
+    False
+    """
+
+    lhs: Quantizer | None = None
+    rhs: Quantizer | None = None
+    accumulator: Accumulator | None = None
+    rotate: Hadamard | None = None
+    rotate_lhs: Hadamard | None = None
+    rotate_rhs: Hadamard | None = None
+
+    def __post_init__(self):
+        _check("Gemm", {"lhs": self.lhs, "rhs": self.rhs}, Quantizer, "a Quantizer")
+        _check("Gemm", {"accumulator": self.accumulator}, Accumulator, "an Accumulator")
+        rotations = {name: getattr(self, name) for name in ("rotate", "rotate_lhs", "rotate_rhs")}
+        _check("Gemm", rotations, Hadamard, "a Hadamard")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is a product as the hardware does it."""
+        return self == Gemm()
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether it needs a key."""
+        return any(part is not None and part.is_stochastic for part in vars(self).values())
+
+    def swapped(self) -> "Gemm":
+        """Returns it for the operands in the other order."""
+        return dataclasses.replace(
+            self, lhs=self.rhs, rhs=self.lhs, rotate_lhs=self.rotate_rhs, rotate_rhs=self.rotate_lhs
+        )
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is quantized in the three products of a linear operation ``out = lhs rhs``.
+
+    Args:
+      forward: ``out = lhs rhs``.
+      dlhs: the gradient of lhs: its lhs is the gradient of out, its rhs is rhs.
+      drhs: the gradient of rhs: its lhs is lhs, its rhs is the gradient of out.
+      save_lhs, save_rhs: what is kept of an operand for the backward pass. None: the operand itself, so that each
+        gradient product rounds it afresh, in blocks along its own contraction. A ``Quantizer``: real storage, the
+        ``QTensor`` of ``encode``. "quantized": what the forward product got, rounded and rotated; the gradient
+        then passes through the estimator and is rotated back.
+
+    An empty recipe is lax, bit for bit.
+
+    >>> import qjax
+    >>> e4m3, e5m2 = qjax.Quantizer("e4m3_tensor"), qjax.Quantizer("e5m2_tensor")
+    >>> hybrid = qjax.Recipe(qjax.Gemm(e4m3, e4m3), qjax.Gemm(e5m2, e4m3), qjax.Gemm(e4m3, e5m2))
+    >>> hybrid.is_empty, hybrid.is_stochastic
+    (False, False)
+    """
+
+    forward: Gemm = Gemm()
+    dlhs: Gemm = Gemm()
+    drhs: Gemm = Gemm()
+    save_lhs: Quantizer | Literal["quantized"] | None = None
+    save_rhs: Quantizer | Literal["quantized"] | None = None
+
+    def __post_init__(self):
+        gemms = {name: getattr(self, name) for name in ("forward", "dlhs", "drhs")}
+        for name, gemm in gemms.items():
+            if not isinstance(gemm, Gemm):
+                raise TypeError(f"Recipe: {name} must be a Gemm, got {gemm!r}.")
+        for name in ("save_lhs", "save_rhs"):
+            value = getattr(self, name)
+            if value != "quantized":
+                _check("Recipe", {name: value}, Quantizer, "a Quantizer, 'quantized'")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is lax, bit for bit."""
+        return self == Recipe()
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether it needs a key."""
+        saved = (self.save_lhs, self.save_rhs)
+        return any(part.is_stochastic for part in (self.forward, self.dlhs, self.drhs)) or any(
+            isinstance(part, Quantizer) and part.is_stochastic for part in saved
+        )
