@@ -44,9 +44,7 @@ def _row(site: Site) -> tuple[str, ...]:
         shapes += f", {site.times} times"
     recipe = site.recipe or Recipe()
     gemms = (recipe.forward, recipe.dlhs, recipe.drhs)
-    accumulators = [
-        "-" if gemm.accumulator is None else _accumulator_text(gemm.accumulator) for gemm in gemms
-    ]
+    accumulators = ["-" if gemm.accumulator is None else _accumulator_text(gemm.accumulator) for gemm in gemms]
     accumulator = accumulators[0] if len(set(accumulators)) == 1 else ", ".join(accumulators)
     return (site.path, site.operation, shapes, *map(_gemm_text, gemms), accumulator)
 

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array
 
 from qjax._encode import decode, encode
 from qjax._product import axes_of, product, rotated, swapped
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm, Recipe
+from qjax._sites import marked
 
 
 def dot_general(
@@ -108,7 +110,11 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
     for name, x in (("lhs", lhs), ("rhs", rhs)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{caller}: {name} has dtype {x.dtype}; only float operands can be quantized.")
-    return _product(_Static(operation, tuple((k, _frozen(v)) for k, v in options.items()), recipe), lhs, rhs, key)
+    static = _Static(operation, tuple((k, _frozen(v)) for k, v in options.items()), recipe)
+    if not any(isinstance(x, Tracer) for x in (lhs, rhs)):
+        return _product(static, lhs, rhs, key)
+    with marked(jax.make_jaxpr(static.product)(lhs, rhs).jaxpr.eqns[-1], recipe):
+        return _product(static, lhs, rhs, key)
 
 
 def _frozen(value):

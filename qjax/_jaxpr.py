@@ -1,6 +1,6 @@
 """A function evaluated again with some of its equations replaced: what ``quantize`` and ``coverage`` are made of.
 
-Three steps: ``trace`` makes the jaxpr of a function, ``plan`` asks about each of its equations what is to replace it, and
+Three steps: ``trace`` makes the jaxpr of a function, ``plan`` asks of each of its equations what is to replace it, and
 ``evaluate`` runs the jaxpr with the replacements. Equations without a replacement in them are bound as they are.
 """
 
@@ -16,8 +16,8 @@ from jax.extend import core, source_info_util
 Plan = tuple[tuple[int, Any], ...]
 """What replaces the equations of a jaxpr: (position, replacement) pairs, hashable.
 
-A replacement is a hashable callable ``(equation, operands, key) -> outputs``, or for an equation with jaxprs of its own a
-tuple of (name of the parameter, the plan of each of its jaxprs).
+A replacement is a hashable callable ``(equation, operands, key) -> outputs``, or for an equation with jaxprs of its own
+a tuple of (name of the parameter, the plan of each of its jaxprs).
 """
 
 
@@ -58,7 +58,7 @@ KEEP = "keep"
 
 
 def trace(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> Program:
-    """Returns the program of ``fn(*args, **kwargs)``; leaves that are no arrays stay the Python values that they are."""
+    """Returns the program of ``fn(*args, **kwargs)``; leaves that are no arrays stay Python values."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     dynamic = [isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) for x in leaves]
     found: list[Any] = []
@@ -113,7 +113,7 @@ def plan(jaxpr: core.Jaxpr, choose: Callable[[Any, Place], Hashable | None], pla
     return tuple(found)
 
 
-def _bodies(eqn) -> Iterator[tuple[str, list[core.Jaxpr]]]:
+def _bodies(eqn) -> Iterator[tuple[str, list[Any]]]:
     for name, value in eqn.params.items():
         values = value if isinstance(value, tuple | list) else (value,)
         bodies = [getattr(v, "jaxpr", v) for v in values if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
@@ -165,9 +165,14 @@ def _run(closed: core.ClosedJaxpr | core.Jaxpr, plan: Plan, args: Sequence[Any],
 def _shard_key(key, eqn):
     """Returns a key of its own for each shard, along the axes that the operands vary over."""
     if key is not None:
-        for axis in sorted(set().union(*(getattr(v.aval, "vma", ()) for v in eqn.invars))):
+        for axis in sorted(set().union(*(_varying(v.aval) for v in eqn.invars))):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     return key
+
+
+def _varying(aval) -> frozenset[str]:
+    mesh_axes = getattr(aval, "manual_axis_type", None)  # jax 0.9 and before: vma
+    return getattr(aval, "vma", frozenset()) if mesh_axes is None else mesh_axes.varying
 
 
 def _call(params, plans, args, key):

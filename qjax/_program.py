@@ -5,14 +5,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
 from jax import Array
 
 from qjax import _dot, _jaxpr
 from qjax._coverage import Coverage
 from qjax._recipe import Recipe
 from qjax._rules import Checked, Rule, assigned, checked, named
-from qjax._sites import Site, find, marked
+from qjax._sites import Site, find
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,11 +50,11 @@ def quantize(fn: F, rule: Rule, *, key: Array | None = None, strict: bool = True
     >>> f(x, w), qjax.quantize(f, recipe)(x, w)
     (Array(3.36, dtype=float32), Array(3.36, dtype=float32))
     """
-    rule = checked("quantize", rule)
+    known = checked("quantize", rule)
 
     @functools.wraps(fn)
     def quantized(*args, **kwargs):
-        return run("quantize", fn, rule, args, kwargs, key=key, strict=strict)
+        return run("quantize", fn, known, args, kwargs, key=key, strict=strict)
 
     return quantized  # type: ignore[return-value]
 
@@ -67,7 +66,7 @@ def run(
     args: tuple,
     kwargs: dict[str, Any],
     *,
-    key: Array | Callable[[], Array] | None,
+    key: Array | Callable[[], Array | None] | None,
     ask: str = "key=jax.random.key(...)",
     strict: bool,
     whole: bool = True,
@@ -85,7 +84,9 @@ def run(
     sites: list[Site] = []
     find(program, sites.append, root)
     recipes = assigned(caller, rule, sites, strict=strict, whole=whole)
-    stochastic = [s for s, r in zip(sites, recipes, strict=True) if s.recipe is None and r is not None and r.is_stochastic]
+    stochastic = [
+        s for s, r in zip(sites, recipes, strict=True) if s.recipe is None and r is not None and r.is_stochastic
+    ]
     if callable(key):
         key = key() if stochastic else None
     if stochastic and key is None:
@@ -99,9 +100,7 @@ def run(
         return None if site.recipe is not None or recipe is None or recipe.is_empty else _Replacement(recipe)
 
     plan = find(program, replace, root)
-    return program.output(
-        _jaxpr.evaluate(program.jaxpr.jaxpr, program.jaxpr.consts, plan, program.arrays, key)
-    )
+    return program.output(_jaxpr.evaluate(program.jaxpr.jaxpr, program.jaxpr.consts, plan, program.arrays, key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +111,8 @@ class _Replacement:
 
     def __call__(self, eqn, operands, key):
         operation = getattr(_dot, eqn.primitive.name)
-        key = key if self.recipe.is_stochastic else None
-        with marked(eqn.primitive.name, *operands, eqn.outvars[0].aval, eqn.params["dimension_numbers"], self.recipe):
-            return operation(*operands, **eqn.params, recipe=self.recipe, key=key)
+        params = {name: value for name, value in eqn.params.items() if value is not None}
+        return operation(*operands, **params, recipe=self.recipe, key=key if self.recipe.is_stochastic else None)
 
 
 def coverage(fn: Callable, *args, rule: Rule | None = None, **kwargs) -> Coverage:

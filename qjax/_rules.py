@@ -70,13 +70,13 @@ def assigned(
             near = difflib.get_close_matches(unmatched[0], paths, n=3, cutoff=0.0)
             raise ValueError(
                 f"{caller}: pattern {unmatched[0]!r} matches no site; the nearest paths are "
-                f"{', '.join(map(repr, near))}. A pattern must match the whole path and is of use if no earlier one does."
+                f"{', '.join(map(repr, near))}. A pattern must match a whole path that no earlier one matches."
             )
     if strict and missed:
         listed = "\n".join(f"  {named(site)}" for site in missed[:10]) + ("\n  ..." if len(missed) > 10 else "")
         raise ValueError(
             f"{caller}: the rule says nothing of {len(missed)} of {len(free)} sites:\n{listed}\n"
-            'Add a pattern with None to leave them in full precision, such as ".*": None at the end, or pass strict=False.'
+            'Add a pattern with None to leave them in full precision (".*": None at the end), or pass strict=False.'
         )
     return recipes
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import source_info_util
 
 from qjax import _jaxpr
@@ -70,13 +71,18 @@ _MARK = "qjax["
 
 
 @contextlib.contextmanager
-def marked(operation: str, lhs, rhs, out, dimension_numbers, recipe: Recipe):
-    """Marks what it is around as a quantized operation, for ``find`` to see in the jaxpr."""
-    site = Site("", operation, *map(_struct, (lhs, rhs, out)), dimension_numbers, recipe)
+def marked(eqn, recipe: Recipe):
+    """Marks what it is around as a quantized operation, that of lax being an equation, for ``find`` to see."""
+    site = dataclasses.replace(_site(eqn), recipe=recipe, fixed="it is quantized already")
     mark = f"{_MARK}{zlib.crc32(repr(site).encode()):08x}]"
     _MARKED[mark] = site
     with jax.named_scope(mark):
         yield
+
+
+def _site(eqn) -> Site:
+    lhs, rhs, out = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in (*eqn.invars[:2], eqn.outvars[0]))
+    return Site("", eqn.primitive.name, lhs, rhs, out, eqn.params["dimension_numbers"])
 
 
 def find(program: _jaxpr.Program, replace: Callable[[Site], Hashable | None], root: str = "") -> _jaxpr.Plan:
@@ -86,6 +92,9 @@ def find(program: _jaxpr.Program, replace: Callable[[Site], Hashable | None], ro
       root: the path of the module that paths are counted from.
     """
     seen = set()
+
+    def placed(site: Site, names: tuple[str, ...], eqn, place: _jaxpr.Place) -> Site:
+        return dataclasses.replace(site, path=_path(names, root), source=_source(eqn), times=place.times)
 
     def choose(eqn, place: _jaxpr.Place):
         marks = [i for i, name in enumerate(place.names) if name in _MARKED]
@@ -97,23 +106,14 @@ def find(program: _jaxpr.Program, replace: Callable[[Site], Hashable | None], ro
             where = (place.position, names, id(eqn) if eqn.primitive.name == "custom_vjp_call" else None)
             if where not in seen:
                 seen.add(where)
-                site = dataclasses.replace(_MARKED[names[-1]], fixed="it is quantized already")
-                replace(_placed(site, names[:-1], eqn, place, root))
+                replace(placed(_MARKED[names[-1]], names[:-1], eqn, place))
             return _jaxpr.KEEP
         if eqn.primitive.name not in OPERATIONS:
             return None
-        lhs, rhs = (_struct(v.aval) for v in eqn.invars[:2])
-        site = Site(
-            "", eqn.primitive.name, lhs, rhs, _struct(eqn.outvars[0].aval), eqn.params["dimension_numbers"], fixed=_fixed(place)
-        )
-        return replace(_placed(site, place.names, eqn, place, root))
+        site = _site(eqn)
+        return replace(placed(dataclasses.replace(site, fixed=_fixed(site, place)), place.names, eqn, place))
 
     return _jaxpr.plan(program.jaxpr.jaxpr, choose)
-
-
-def _placed(site: Site, names: tuple[str, ...], eqn, place: _jaxpr.Place, root: str) -> Site:
-    path = _path(names, root)
-    return dataclasses.replace(site, path=path, source=_source(eqn), times=place.times)
 
 
 def _path(names: tuple[str, ...], root: str) -> str:
@@ -133,16 +133,15 @@ def current_module() -> str:
     return names[-1][len(MODULE) :] if names else ""
 
 
-def _fixed(place: _jaxpr.Place) -> str:
+def _fixed(site: Site, place: _jaxpr.Place) -> str:
     if place.inside:
         return f"it is inside a {place.inside}, whose own rules say what happens"
     if place.gradient:
         return "it is in a gradient; quantize first, then differentiate: grad(quantize(f)), not quantize(grad(f))"
+    dtypes = {x.dtype for x in (site.lhs, site.rhs)}
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        return f"its operands are {' and '.join(sorted(map(str, dtypes)))}, not float"
     return ""
-
-
-def _struct(x) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _source(eqn) -> str:

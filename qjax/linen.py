@@ -148,7 +148,7 @@ def _layer(cls: type[nn.Module]) -> Any:
     layer = _subclass(cls, f"linen.{cls.__name__}", rule_of, False, __annotations__={"recipe": Any}, recipe=None)
     layer.__module__ = __name__
     layer.__doc__ = (
-        f"``flax.linen.{cls.__name__}`` with ``recipe``: a rule as ``quantize`` takes it, None for Flax bit for bit.\n\n"
+        f"``flax.linen.{cls.__name__}`` with ``recipe``: a rule as ``quantize`` takes it, None for Flax as it is.\n\n"
         "Parameters, names and initialisers are Flax's. Paths are counted from the layer; sites that a dict does not\n"
         "match stay in full precision."
     )

@@ -58,9 +58,9 @@ def quantize(model: M, rule: Rule, *, strict: bool = True, rngs: nnx.Rngs | None
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"nnx.quantize: model must be a flax.nnx.Module, got {type(model).__name__}.")
-    rule = checked("nnx.quantize", rule)
-    twin = _as(model, _quantized(type(model), rule, strict))
-    _give_keys("nnx.quantize", twin, rule, rngs)
+    known = checked("nnx.quantize", rule)
+    twin = _as(model, _quantized(type(model), known, strict))
+    _give_keys("nnx.quantize", twin, known, rngs)
     if rngs is not None and not hasattr(twin, KEYS):
         raise ValueError("nnx.quantize: rngs was given, but no recipe of the rule draws anything; leave rngs out.")
     return twin
@@ -93,7 +93,9 @@ def _give_keys(caller: str, module: nnx.Module, rule: Checked, rngs: nnx.Rngs | 
     recipes = [rule] if isinstance(rule, Recipe) else [r for _, r in rule] if isinstance(rule, tuple) else None
     draws = rngs is not None if recipes is None else any(r is not None and r.is_stochastic for r in recipes)
     if draws and (rngs is None or "quantize" not in rngs):
-        raise ValueError(f"{caller}: a recipe is stochastic; pass rngs with a stream for it, nnx.Rngs(..., quantize=0).")
+        raise ValueError(
+            f"{caller}: a recipe is stochastic; pass rngs with a stream for it, nnx.Rngs(..., quantize=0)."
+        )
     if draws:
         assert rngs is not None
         setattr(module, KEYS, rngs["quantize"].fork())
@@ -109,7 +111,8 @@ def _quantized(cls: type[nnx.Module], rule: Checked, strict: bool) -> type[nnx.M
 def _subclass(cls: type[nnx.Module], **attributes) -> type[nnx.Module]:
     kept = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     options = {} if getattr(cls, "_pytree__is_pytree", True) else {"pytree": False}
-    return type(cls)(cls.__name__, (cls,), kept | attributes, **options)
+    make: Any = type(cls)
+    return make(cls.__name__, (cls,), kept | attributes, **options)
 
 
 def _methods(cls: type[nnx.Module]) -> Iterator[str]:
@@ -192,19 +195,19 @@ def _in_scope(cls: type[nnx.Module], path: str) -> type[nnx.Module]:
 
 def _layer(cls: type[nnx.Module]) -> Any:
     """Returns a Flax layer whose constructor also takes ``recipe``."""
-    caller = f"nnx.{cls.__name__}"
+    caller, original = f"nnx.{cls.__name__}", getattr(cls, "__init__")  # noqa: B009, its signature is not object's
 
     def init(self, *args, recipe: Rule | None = None, rngs: nnx.Rngs, **kwargs):
-        cls.__init__(self, *args, rngs=rngs, **kwargs)
+        original(self, *args, rngs=rngs, **kwargs)
         self.recipe = None if recipe is None else checked(caller, recipe)
-        if recipe is not None:
+        if self.recipe is not None:
             _give_keys(caller, self, self.recipe, rngs)
 
     methods = {name: _lifted(cls, name, caller, lambda self: self.recipe, False) for name in _methods(cls)}
     layer = _subclass(cls, __init__=init, **methods)
     layer.__module__ = __name__
     layer.__doc__ = (
-        f"``flax.nnx.{cls.__name__}`` with ``recipe``: a rule as ``quantize`` takes it, None for Flax bit for bit.\n\n"
+        f"``flax.nnx.{cls.__name__}`` with ``recipe``: a rule as ``quantize`` takes it, None for Flax as it is.\n\n"
         "Variables, their names and initialisers are Flax's. Paths are counted from the layer; sites that a dict does\n"
         "not match stay in full precision. A stochastic recipe needs a stream: ``rngs=nnx.Rngs(0, quantize=1)``."
     )
