@@ -3,12 +3,15 @@
 from qjax import formats as formats, recipes as recipes
 from qjax._accumulator import Accumulator
 from qjax._chop import chop
+from qjax._coverage import Coverage
 from qjax._dot import conv_general_dilated, dot_general
 from qjax._encode import QTensor, decode, encode
 from qjax._hadamard import Hadamard
+from qjax._program import coverage, quantize
 from qjax._quantizer import Clipped, Quantizer, StraightThrough, TrustMasked
 from qjax._recipe import Gemm, Recipe
 from qjax._rounding import Rounding
+from qjax._sites import Site
 from qjax.formats import *  # noqa: F403
 
 __version__ = "0.1.0"
@@ -16,20 +19,24 @@ __version__ = "0.1.0"
 __all__ = [
     "Accumulator",
     "Clipped",
+    "Coverage",
     "Gemm",
     "Hadamard",
     "QTensor",
     "Quantizer",
     "Recipe",
     "Rounding",
+    "Site",
     "StraightThrough",
     "TrustMasked",
     "chop",
     "conv_general_dilated",
+    "coverage",
     "decode",
     "dot_general",
     "encode",
     "formats",
+    "quantize",
     "recipes",
 ]
 __all__ += formats.__all__

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array
 
 from qjax._encode import QTensor, decode, encode
@@ -15,6 +16,7 @@ from qjax._operand import Operand, restored, stored
 from qjax._product import axes_of, product, rotated, swapped
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm, Recipe
+from qjax._sites import marked
 
 
 def dot_general(
@@ -118,7 +120,11 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{caller}: {name} has dtype {x.dtype}; only float operands can be quantized.")
     frozen = tuple((name, _frozen(value)) for name, value in options.items())
-    return _product(_Static(operation, frozen, recipe, (lhs.dtype, rhs.dtype)), lhs, rhs, key, state)
+    static = _Static(operation, frozen, recipe, (lhs.dtype, rhs.dtype))
+    if not any(isinstance(x, Tracer) for x in (lhs, rhs)):
+        return _product(static, lhs, rhs, key, state)
+    with marked(jax.make_jaxpr(static.product)(lhs, rhs).jaxpr.eqns[-1], recipe):
+        return _product(static, lhs, rhs, key, state)
 
 
 def _frozen(value):

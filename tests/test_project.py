@@ -23,9 +23,11 @@ LAYERS = (
     ("_packing",),
     ("_encode", "_quantizer", "_hadamard"),
     ("_accumulator", "_operand"),
-    ("_recipe",),
-    ("_product",),
-    ("_dot", "recipes"),
+    ("_recipe", "_jaxpr"),
+    ("_product", "_sites"),
+    ("_dot", "_coverage", "_rules", "recipes"),
+    ("_program",),
+    ("linen", "nnx"),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Who else may import what.

@@ -1,0 +1,305 @@
+"""A function evaluated again with some of its equations replaced: what ``quantize`` and ``coverage`` are made of.
+
+Three steps: ``trace`` makes the jaxpr of a function, ``plan`` asks of each of its equations what is to replace it, and
+``evaluate`` runs the jaxpr with the replacements. Equations without a replacement in them are bound as they are.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core, source_info_util
+
+Plan = tuple[tuple[int, Any], ...]
+"""What replaces the equations of a jaxpr: (position, replacement) pairs, hashable.
+
+A replacement is a hashable callable ``(equation, operands, key) -> outputs``, or for an equation with jaxprs of its own
+a tuple of (name of the parameter, the plan of each of its jaxprs).
+"""
+
+
+class Program(NamedTuple):
+    """A traced call.
+
+    Attributes:
+      jaxpr: of the arrays alone.
+      arrays: the arrays among the arguments.
+      output: makes what the function returns from what the jaxpr returns.
+    """
+
+    jaxpr: core.ClosedJaxpr
+    arrays: list[Any]
+    output: Callable[[Sequence[Any]], Any]
+
+
+class Place(NamedTuple):
+    """Where in a program an equation is.
+
+    Attributes:
+      names: its name stack, outermost first.
+      gradient: whether differentiation made it: it is part of a backward pass.
+      times: how often loops of known length run it.
+      inside: the outermost operation around it that ``evaluate`` does not enter, or "".
+      position: of the equations around it.
+    """
+
+    names: tuple[str, ...] = ()
+    gradient: bool = False
+    times: int = 1
+    inside: str = ""
+    position: tuple[int, ...] = ()
+
+
+KEEP = "keep"
+"""The answer to ``plan`` that leaves an equation as it is, with all that is in it."""
+
+
+def trace(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> Program:
+    """Returns the program of ``fn(*args, **kwargs)``; leaves that are no arrays stay Python values."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    dynamic = [isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) for x in leaves]
+    found: list[Any] = []
+
+    # A function of its own for each call: JAX remembers traces by the function, and this one may close over state.
+    def flat(*arrays):
+        rest = iter(arrays)
+        args, kwargs = jax.tree.unflatten(tree, [next(rest) if d else x for d, x in zip(dynamic, leaves, strict=True)])
+        out, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+        found[:] = out_tree, [None if isinstance(x, jax.Array) else (x,) for x in out]
+        return [x for x in out if isinstance(x, jax.Array)]
+
+    arrays = [x for d, x in zip(dynamic, leaves, strict=True) if d]
+    arrays = [x if isinstance(x, jax.Array | jax.ShapeDtypeStruct) else jnp.asarray(x) for x in arrays]
+    jaxpr = jax.make_jaxpr(flat)(*arrays)
+    out_tree, static = found
+
+    def output(values: Sequence[Any]) -> Any:
+        rest = iter(values)
+        return jax.tree.unflatten(out_tree, [next(rest) if x is None else x[0] for x in static])
+
+    return Program(jaxpr, arrays, output)
+
+
+def plan(jaxpr: core.Jaxpr, choose: Callable[[Any, Place], Hashable | None], place: Place = Place()) -> Plan:  # noqa: B008
+    """Returns what ``choose(equation, place)`` answers for each equation, however deep, in the order of the program.
+
+    Args:
+      choose: returns a replacement, ``KEEP``, or None, to be asked about the jaxprs in the equation.
+    """
+    found: list[tuple[int, Any]] = []
+    for i, eqn in enumerate(jaxpr.eqns):
+        name = eqn.primitive.name
+        stack = eqn.source_info.name_stack.stack
+        here = place._replace(
+            names=place.names + tuple(s.name for s in stack if type(s).__name__ == "Scope"),
+            gradient=place.gradient or any(s.name == "transpose" for s in stack if type(s).__name__ == "Transform"),
+        )
+        answer = choose(eqn, here)
+        if answer is not None:
+            if answer is not KEEP:
+                found.append((i, answer))
+            continue
+        within = here._replace(
+            times=here.times * (eqn.params["length"] if name == "scan" else 1),
+            inside=here.inside or ("" if name in _ENTER else name),
+            position=(*here.position, i),
+        )
+        plans = [(param, tuple(plan(b, choose, within) for b in bodies)) for param, bodies in _bodies(eqn)]
+        if any(any(p) for _, p in plans):
+            found.append((i, tuple(plans)))
+    return tuple(found)
+
+
+def _bodies(eqn) -> Iterator[tuple[str, list[Any]]]:
+    for name, value in eqn.params.items():
+        values = value if isinstance(value, tuple | list) else (value,)
+        bodies = [getattr(v, "jaxpr", v) for v in values if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
+        if bodies:
+            yield name, bodies
+
+
+def holds(eqn, primitives: frozenset[str]) -> bool:
+    """Returns whether an equation is one of the primitives or has one in it."""
+    return eqn.primitive.name in primitives or any(
+        holds(e, primitives) for _, bodies in _bodies(eqn) for body in bodies for e in body.eqns
+    )
+
+
+def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], plan: Plan, args: Sequence[Any], key=None) -> list[Any]:
+    """Returns the outputs of a jaxpr with the equations of a plan replaced.
+
+    With a key, each replacement gets one of its own: the number of the replacement is folded in, in loops that of the
+    iteration, in ``shard_map`` that of the shard.
+    """
+    env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    numbered = {position: (number, replacement) for number, (position, replacement) in enumerate(plan)}
+    for i, eqn in enumerate(jaxpr.eqns):
+        operands = [read(v) for v in eqn.invars]
+        stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+            if i not in numbered:
+                out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+            else:
+                number, replacement = numbered[i]
+                own = None if key is None else jax.random.fold_in(key, number)
+                if isinstance(replacement, tuple):
+                    out = _ENTER[eqn.primitive.name](eqn.params, dict(replacement), operands, own)
+                else:
+                    out = replacement(eqn, operands, _shard_key(own, eqn))
+        env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _run(closed: core.ClosedJaxpr | core.Jaxpr, plan: Plan, args: Sequence[Any], key) -> list[Any]:
+    jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, core.ClosedJaxpr) else (closed, ())
+    return evaluate(jaxpr, consts, plan, args, key)
+
+
+def _shard_key(key, eqn):
+    """Returns a key of its own for each shard, along the axes that the operands vary over."""
+    if key is not None:
+        for axis in sorted(set().union(*(_varying(v.aval) for v in eqn.invars))):
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    return key
+
+
+def _varying(aval) -> frozenset[str]:
+    mesh_axes = getattr(aval, "manual_axis_type", None)  # jax 0.9 and before: vma
+    return getattr(aval, "vma", frozenset()) if mesh_axes is None else mesh_axes.varying
+
+
+def _call(params, plans, args, key):
+    (name, (body,)) = next(iter(plans.items()))
+    return _run(params[name], body, args, key)
+
+
+def _jit(params, plans, args, key):
+    # Equal plans share one compiled function, so that a jitted helper is not compiled again in each eager call.
+    names = ("in_shardings", "out_shardings", "donated_invars", "keep_unused", "inline", "compiler_options_kvs", "name")
+    settings = tuple((name, params[name]) for name in names)
+    return _jitted(params["jaxpr"], plans["jaxpr"][0], settings)(key, *args)
+
+
+@functools.lru_cache(maxsize=512)
+def _jitted(jaxpr: core.ClosedJaxpr, plan: Plan, settings: tuple):
+    def fn(key, *args):
+        return tuple(_run(jaxpr, plan, args, key))
+
+    s = dict(settings)
+    fn.__name__ = fn.__qualname__ = s["name"]
+    shardings = {}
+    if any(map(_is_specified, s["in_shardings"])):
+        shardings["in_shardings"] = (None, *s["in_shardings"])
+    if any(map(_is_specified, s["out_shardings"])):
+        shardings["out_shardings"] = s["out_shardings"]
+    return jax.jit(
+        fn,
+        donate_argnums=tuple(i + 1 for i, donated in enumerate(s["donated_invars"]) if donated),
+        keep_unused=s["keep_unused"],
+        inline=s["inline"],
+        compiler_options=dict(s["compiler_options_kvs"]) or None,
+        **shardings,
+    )
+
+
+def _is_specified(sharding) -> bool:
+    return type(sharding).__name__ != "UnspecifiedValue"
+
+
+def _remat(params, plans, args, key):
+    cse = params["prevent_cse"]
+    fn = jax.checkpoint(
+        lambda key, *args: _run(params["jaxpr"], plans["jaxpr"][0], args, key),
+        prevent_cse=cse if isinstance(cse, bool) else (False, *cse),
+        policy=params["policy"],
+    )
+    return fn(key, *args)
+
+
+def _scan(params, plans, args, key):
+    consts, carried = params["num_consts"], params["num_carry"]
+    init, xs = args[consts : consts + carried], args[consts + carried :]
+    steps = None if key is None else jnp.arange(params["length"], dtype=jnp.uint32)
+
+    def body(carry, x):
+        step, x = x
+        own = None if key is None else jax.random.fold_in(key, step)
+        out = _run(params["jaxpr"], plans["jaxpr"][0], [*args[:consts], *carry, *x], own)
+        return out[:carried], out[carried:]
+
+    more = {name: params[name] for name in ("_split_transpose",) if name in params}
+    carry, ys = jax.lax.scan(
+        body, init, (steps, xs), length=params["length"], reverse=params["reverse"], unroll=params["unroll"], **more
+    )
+    return [*carry, *ys]
+
+
+def _while(params, plans, args, key):
+    of_cond, of_body = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    step = None if key is None else jnp.uint32(0)
+
+    def run(name, number, consts, state):
+        step, carry = state
+        own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, number), step)
+        return _run(params[name], plans[name][0], [*consts, *carry], own)
+
+    def cond(state):
+        return run("cond_jaxpr", 0, args[:of_cond], state)[0]
+
+    def body(state):
+        carry = run("body_jaxpr", 1, args[of_cond:of_body], state)
+        return None if key is None else state[0] + jnp.uint32(1), carry
+
+    return jax.lax.while_loop(cond, body, (step, args[of_body:]))[1]
+
+
+def _cond(params, plans, args, key):
+    index, *operands = args
+    branches = [
+        functools.partial(lambda branch, plan, *args: _run(branch, plan, args, key), branch, plan)
+        for branch, plan in zip(params["branches"], plans["branches"], strict=True)
+    ]
+    return jax.lax.switch(index, branches, *operands)
+
+
+def _shard_map(params, plans, args, key):
+    axes = params.get("newly_manual_axes", params.get("manual_axes"))
+
+    def fn(key, *args):
+        if key is not None and not params["check_vma"]:  # then no operand says what it varies over
+            for axis in sorted(axes):
+                key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        return tuple(_run(params["jaxpr"], plans["jaxpr"][0], args, key))
+
+    return jax.shard_map(
+        fn,
+        mesh=params["mesh"],
+        in_specs=(jax.P(), *params["in_specs"]),
+        out_specs=tuple(params["out_specs"]),
+        axis_names=axes,
+        check_vma=params["check_vma"],
+    )(key, *args)
+
+
+_ENTER: dict[str, Callable[..., Any]] = {
+    "jit": _jit,
+    "pjit": _jit,
+    "closed_call": _call,
+    "core_call": _call,
+    "call": _call,
+    "remat": _remat,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "shard_map": _shard_map,
+}
+"""How to run the operations with jaxprs in them: from (parameters, plans, operands, key) to outputs."""
