@@ -1,6 +1,6 @@
 """qjax: any number format, anywhere in a JAX program, bit for bit."""
 
-from qjax import formats as formats
+from qjax import formats as formats, recipes as recipes
 from qjax._accumulator import Accumulator
 from qjax._chop import chop
 from qjax._coverage import Coverage
@@ -37,5 +37,6 @@ __all__ = [
     "encode",
     "formats",
     "quantize",
+    "recipes",
 ]
 __all__ += formats.__all__

@@ -97,6 +97,11 @@ class Accumulator:
             object.__setattr__(self, name, value)
 
     @property
+    def is_watched(self) -> bool:
+        """Whether the order of the sums matters: all but a ``Fixed`` register that just wraps."""
+        return isinstance(self.fmt, Float) or self.detect or self.fmt.overflow == "saturate"
+
+    @property
     def is_stochastic(self) -> bool:
         """Whether it needs a key."""
         return self.rounding.is_stochastic
@@ -114,14 +119,16 @@ def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, fra
       scales: scales of what is promoted, ``(b, m, segments)`` and ``(b, n, segments)``, or None.
       fractions: the fraction bits of the elements, if both are ``Fixed``.
     """
-    depth = lhs.shape[-1]
-    segment = accumulator.promote or max(-(-depth // accumulator.chunk) * accumulator.chunk, accumulator.chunk)
+    depth, chunk = lhs.shape[-1], accumulator.chunk
+    segment = accumulator.promote or max(-(-depth // chunk) * chunk, chunk)
+    if isinstance(accumulator.fmt, Fixed) and not accumulator.is_watched:
+        chunk = segment  # sums modulo 2^32 do not depend on their order
     segments = max(-(-depth // segment), 1)
     padding = [(0, 0), (0, 0), (0, segments * segment - depth)]
 
     def chunks(x):
         """Returns x as (segments, chunks of a segment, b, rows, chunk), zeros where it is padded."""
-        x = jnp.pad(x, padding).reshape(*x.shape[:2], segments, segment // accumulator.chunk, accumulator.chunk)
+        x = jnp.pad(x, padding).reshape(*x.shape[:2], segments, segment // chunk, chunk)
         return jnp.moveaxis(x, (2, 3), (0, 1))
 
     if isinstance(accumulator.fmt, Fixed):
@@ -144,7 +151,7 @@ def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, fra
             value = value * scale[0][:, :, None] * scale[1][:, None, :]
         return total + value, None
 
-    places = jnp.arange(segments * segment // accumulator.chunk).reshape(segments, -1)
+    places = jnp.arange(segments * segment // chunk).reshape(segments, -1)
     scales = scales and tuple(jnp.moveaxis(s, -1, 0) for s in scales)
     operands = (chunks(lhs), chunks(rhs), places, scales)
     if segments == 1:
@@ -190,7 +197,6 @@ def _integer_register(accumulator: Accumulator):
     """The register is (integer, whether it overflowed)."""
     fmt = accumulator.fmt
     assert isinstance(fmt, Fixed)
-    watched = accumulator.detect or fmt.overflow == "saturate"
 
     def start(shape):
         return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
@@ -199,7 +205,7 @@ def _integer_register(accumulator: Accumulator):
         value, overflowed = register
         part = lax.dot_general(x, y, _ROWS, preferred_element_type=np.int32)
         total = value + part
-        if not watched:
+        if not accumulator.is_watched:
             return total, overflowed
         # Two summands of one sign whose sum has the other: 32 bits overflowed.
         beyond = ((value ^ total) & (part ^ total)) < 0

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array
 
-from qjax._encode import decode, encode
+from qjax._encode import QTensor, decode, encode
+from qjax._operand import Operand, restored, stored
 from qjax._product import axes_of, product, rotated, swapped
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm, Recipe
@@ -26,6 +28,7 @@ def dot_general(
     *,
     recipe: Recipe | None,
     key: Array | None = None,
+    state: dict[str, Array] | None = None,
     out_sharding=None,
 ) -> Array:
     """Returns ``jax.lax.dot_general(lhs, rhs, ...)`` with the operands of all three products rounded as a recipe says.
@@ -39,8 +42,10 @@ def dot_general(
         ``precision`` that names an algorithm keeps the operands in their own dtype.
       recipe: a ``Recipe``; an empty one or None is ``jax.lax.dot_general``, bit for bit, gradients included.
       key: the PRNG key of a stochastic recipe. Each operand gets its own.
+      state: that of a recipe with delayed scaling (``Recipe.init``).
 
-    Gradient: in reverse mode, the products ``dlhs`` and ``drhs`` of the recipe. Forward mode is refused by JAX.
+    Gradient: in reverse mode, the products ``dlhs`` and ``drhs`` of the recipe. Forward mode is refused by JAX. The
+    "gradient" of the state is the next state, for only the backward pass sees the gradient of the result.
 
     Raises:
       TypeError, ValueError: for a missing key, a key that nothing would use, and as ``chop`` does.
@@ -55,7 +60,7 @@ def dot_general(
     """
     options = dict(dimension_numbers=dimension_numbers, precision=precision)
     options |= dict(preferred_element_type=preferred_element_type, out_sharding=out_sharding)
-    return _linear("dot_general", lax.dot_general, lhs, rhs, options, recipe, key)
+    return _linear("dot_general", lax.dot_general, lhs, rhs, options, recipe, key, state)
 
 
 def conv_general_dilated(
@@ -73,6 +78,7 @@ def conv_general_dilated(
     *,
     recipe: Recipe | None,
     key: Array | None = None,
+    state: dict[str, Array] | None = None,
 ) -> Array:
     """Returns ``jax.lax.conv_general_dilated(lhs, rhs, ...)`` with all three products rounded as a recipe says.
 
@@ -93,10 +99,10 @@ def conv_general_dilated(
     options |= dict(dimension_numbers=dimension_numbers, feature_group_count=feature_group_count)
     options |= dict(batch_group_count=batch_group_count, precision=precision)
     options |= dict(preferred_element_type=preferred_element_type)
-    return _linear("conv_general_dilated", lax.conv_general_dilated, lhs, rhs, options, recipe, key)
+    return _linear("conv_general_dilated", lax.conv_general_dilated, lhs, rhs, options, recipe, key, state)
 
 
-def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | None, key):
+def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | None, key, state):
     if recipe is None:
         recipe = Recipe()
     if not isinstance(recipe, Recipe):
@@ -105,16 +111,20 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
         raise ValueError(f"{caller}: the recipe is stochastic; give key=jax.random.key(...).")
     if key is not None and not recipe.is_stochastic:
         raise ValueError(f"{caller}: key was given, but nothing in the recipe is stochastic; leave key out.")
+    if (recipe.history is None) != (state is None):
+        what = "needs state=recipe.init()" if state is None else "has no delayed scaling; leave state out"
+        raise ValueError(f"{caller}: the recipe {what}.")
     if recipe.is_empty:
         return operation(lhs, rhs, **options)
     for name, x in (("lhs", lhs), ("rhs", rhs)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{caller}: {name} has dtype {x.dtype}; only float operands can be quantized.")
-    static = _Static(operation, tuple((k, _frozen(v)) for k, v in options.items()), recipe)
+    frozen = tuple((name, _frozen(value)) for name, value in options.items())
+    static = _Static(operation, frozen, recipe, (lhs.dtype, rhs.dtype))
     if not any(isinstance(x, Tracer) for x in (lhs, rhs)):
-        return _product(static, lhs, rhs, key)
+        return _product(static, lhs, rhs, key, state)
     with marked(jax.make_jaxpr(static.product)(lhs, rhs).jaxpr.eqns[-1], recipe):
-        return _product(static, lhs, rhs, key)
+        return _product(static, lhs, rhs, key, state)
 
 
 def _frozen(value):
@@ -130,6 +140,7 @@ class _Static(NamedTuple):
     operation: Callable
     options: tuple
     recipe: Recipe
+    dtypes: tuple
 
     def product(self, lhs, rhs):
         return self.operation(lhs, rhs, **dict(self.options))
@@ -140,73 +151,98 @@ class _Static(NamedTuple):
         return jax.linear_transpose(linear, mine)(gradient)[0]
 
 
-# The keys of the products: those of the operands are 0 to 5.
+# The numbers of the products: their operands have the keys 0 to 5.
 _FORWARD, _DLHS, _DRHS = 0, 1, 2
+# Of which tensor an operand of each product is.
+_TENSORS = (("lhs", "rhs"), ("gradient", "rhs"), ("lhs", "gradient"))
 
 
-def _keys(key, product: int, gemm: Gemm) -> dict[str, Any]:
-    """Returns the key of each stochastic part of a product."""
-    numbers = {"lhs": 2 * product, "rhs": 2 * product + 1, "accumulator": 6 + product, "rotate": 9 + product}
-    numbers |= {"rotate_lhs": 12 + 2 * product, "rotate_rhs": 13 + 2 * product}
+def _given(key, state, number: int, gemm: Gemm) -> dict[str, Any]:
+    """Returns the keys of the stochastic parts of a product, and the scales of its operands if they are delayed."""
+    numbers = {"lhs": 2 * number, "rhs": 2 * number + 1, "accumulator": 6 + number, "rotate": 9 + number}
+    numbers |= {"rotate_lhs": 12 + 2 * number, "rotate_rhs": 13 + 2 * number}
     parts = {name: getattr(gemm, name) for name in numbers}
-    return {
+    given: dict[str, Any] = {
         name: jax.random.fold_in(key, numbers[name]) if part is not None and part.is_stochastic else None
         for name, part in parts.items()
     }
+    for name, tensor in zip(("lhs", "rhs"), _TENSORS[number], strict=True):
+        quantizer = getattr(gemm, name)
+        given[f"{name}_scale"] = None
+        if state is not None and quantizer is not None:
+            largest = jnp.max(state[tensor])
+            scale = largest / np.float32(quantizer.fmt.element.max)
+            given[f"{name}_scale"] = jnp.where((largest > 0) & jnp.isfinite(scale), scale, np.float32(1))
+    return given
+
+
+def _recorded(history, x):
+    """Returns a history with the largest magnitude of an array before all others, and the last one gone."""
+    return jnp.concatenate([jnp.max(jnp.abs(x)).astype(history.dtype)[None], history[:-1]])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static: _Static, lhs, rhs, key):
-    return _product_forward(static, lhs, rhs, key)[0]
+def _product(static: _Static, lhs, rhs, key, state):
+    return _product_forward(static, lhs, rhs, key, state)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _product_forward(static: _Static, lhs, rhs, key):
+def _product_forward(static: _Static, lhs, rhs, key, state):
     recipe, gemm = static.recipe, static.recipe.forward
     kept: list[Any] = []
-    keys = _keys(key, _FORWARD, gemm)
-    out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, keys, kept)
+    given = _given(key, state, _FORWARD, gemm)
+    out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, given, kept)
     residuals = []
     for place, (x, save) in enumerate(((lhs, recipe.save_lhs), (rhs, recipe.save_rhs))):
         operand, slope = kept[place]
         if save == "quantized":
-            saved = operand.value.astype(x.dtype)
+            saved = stored(operand)
         elif isinstance(save, Quantizer):
             number = jax.random.fold_in(key, 18 + place) if save.is_stochastic else None
             saved = encode(x, save.fmt, save.rounding, key=number, saturate=save.saturate)
         else:
             saved = x
         residuals.append((saved, slope))
-    return out, (*residuals, key)
+    recorded = state and {"lhs": _recorded(state["lhs"], lhs), "rhs": _recorded(state["rhs"], rhs)}
+    return out, (*residuals, key, state, recorded)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _product_backward(static: _Static, residuals, gradient):
-    (lhs, lhs_slope), (rhs, rhs_slope), key = residuals
+    (lhs, lhs_slope), (rhs, rhs_slope), key, state, recorded = residuals
     recipe, forward = static.recipe, static.recipe.forward
     saves = (recipe.save_lhs, recipe.save_rhs)
-    lhs, rhs = (decode(x) if isinstance(save, Quantizer) else x for x, save in zip((lhs, rhs), saves, strict=True))
+    lhs, rhs = (_loaded(x, dtype) for x, dtype in zip((lhs, rhs), static.dtypes, strict=True))
     to_lhs = jax.make_jaxpr(functools.partial(static.transpose, 0, mine=lhs))(gradient, rhs)
     to_rhs = jax.make_jaxpr(functools.partial(static.transpose, 1, mine=rhs))(gradient, lhs)
-    dlhs = _evaluate(to_lhs, recipe.dlhs, gradient, rhs, _keys(key, _DLHS, recipe.dlhs))
+    dlhs = _evaluate(to_lhs, recipe.dlhs, gradient, rhs, _given(key, state, _DLHS, recipe.dlhs))
     # The transpose takes (gradient, lhs), the recipe says (lhs, gradient).
-    drhs = _evaluate(to_rhs, recipe.drhs.swapped(), gradient, lhs, swapped(_keys(key, _DRHS, recipe.drhs)))
+    given = swapped(_given(key, state, _DRHS, recipe.drhs))
+    drhs = _evaluate(to_rhs, recipe.drhs.swapped(), gradient, lhs, given)
     axes = axes_of(jax.make_jaxpr(static.product)(lhs, rhs).jaxpr.eqns[-1])
-    rotation_key = _keys(key, _FORWARD, forward)["rotate"]
+    rotation_key = _given(key, None, _FORWARD, forward)["rotate"]
     results = []
-    for gradient, slope, save, where in zip((dlhs, drhs), (lhs_slope, rhs_slope), saves, axes, strict=True):
+    for x, slope, save, where in zip((dlhs, drhs), (lhs_slope, rhs_slope), saves, axes, strict=True):
         # The slope is that of the rotated operand. A straight-through slope commutes with the rotation.
         turn = forward.rotate if save == "quantized" or slope is not None else None
-        x = gradient if save == "quantized" else rotated(gradient, turn, where, rotation_key)
-        x = x if slope is None else x * slope.astype(x.dtype)
-        results.append(rotated(x, turn, where, rotation_key, inverse=True))
-    return *results, None
+        turned = x if save == "quantized" else rotated(x, turn, where, rotation_key)
+        turned = turned if slope is None else turned * slope.astype(x.dtype)
+        results.append(rotated(turned, turn, where, rotation_key, inverse=True))
+    following = recorded and recorded | {"gradient": _recorded(state["gradient"], gradient)}
+    return *results, None, following
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _evaluate(program, gemm: Gemm, first, second, keys: dict, kept: list | None = None):
+def _loaded(saved, dtype):
+    """Returns what was saved of an operand as an array."""
+    if isinstance(saved, Operand):
+        return restored(saved, dtype)
+    return decode(saved) if isinstance(saved, QTensor) else saved
+
+
+def _evaluate(program, gemm: Gemm, first, second, given: dict, kept: list | None = None):
     """Returns the value of a jaxpr of two arguments that has one product, as a Gemm has it.
 
     Args:
@@ -219,7 +255,7 @@ def _evaluate(program, gemm: Gemm, first, second, keys: dict, kept: list | None 
         operands = [values[v] for v in equation.invars]
         of_first |= set(equation.outvars) if of_first & set(equation.invars) else set()
         if equation.primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
-            mine = (gemm, keys) if equation.invars[0] in of_first else (gemm.swapped(), swapped(keys))
+            mine = (gemm, given) if equation.invars[0] in of_first else (gemm.swapped(), swapped(given))
             lhs, rhs = operands
             result = product(equation, mine[0], lhs, rhs, mine[1], kept)
         else:

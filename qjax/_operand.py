@@ -52,7 +52,7 @@ class Operand(NamedTuple):
 
     @property
     def value(self):
-        return self.elements if self.scale is None else self.elements * self.scale
+        return self.elements if self.scale is None else self.elements.astype(self.scale.dtype) * self.scale
 
 
 def to_rows(x, axes: Axes):
@@ -189,6 +189,21 @@ def lowest_bit(fmt: Format | None) -> int:
     found = extent(fmt)
     assert found is not None and found.lowest is not None
     return found.lowest
+
+
+def stored(operand: Operand) -> Operand:
+    """Returns an operand with its elements in the narrowest dtype that holds them."""
+    x = operand.elements
+    dtype = narrow_dtype(operand.fmt, x.dtype)
+    return operand._replace(elements=held(x, operand.fmt, dtype), segments=None)
+
+
+def restored(operand: Operand, dtype: np.dtype):
+    """Returns the value of a stored operand."""
+    x = operand.elements.astype(np.float32 if operand.elements.dtype == np.int8 else dtype)
+    if operand.elements.dtype == np.int8:
+        x = x * np.float32(2.0 ** lowest_bit(operand.fmt))
+    return operand._replace(elements=x).value.astype(dtype)
 
 
 def held(x: jax.Array, fmt: Format | None, dtype: np.dtype):

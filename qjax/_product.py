@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -41,11 +42,11 @@ def rotated(x, rotation, axes: Axes, key, inverse: bool = False, free: bool = Fa
     return _operand.from_rows(turn(_operand.to_rows(x, axes), key=key), axes, x.shape)
 
 
-def product(equation, gemm: Gemm, lhs, rhs, keys: dict, kept: list | None = None):
+def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = None):
     """Returns the product of an equation as a Gemm has it, in the dtype of the equation.
 
     Args:
-      keys: the keys of the stochastic parts of the Gemm, by name.
+      given: the keys of the stochastic parts of the Gemm by name, and scales that replace the computed ones.
       kept: gets the two operands, each with the slope of its estimator (None for 1), if given.
     """
     if gemm.is_empty:
@@ -61,14 +62,16 @@ def product(equation, gemm: Gemm, lhs, rhs, keys: dict, kept: list | None = None
         )
     promote = gemm.accumulator.promote if gemm.accumulator and is_dot else None
     operands = []
-    for name, given, where in zip(("lhs", "rhs"), (lhs, rhs), axes, strict=True):
+    for name, array, where in zip(("lhs", "rhs"), (lhs, rhs), axes, strict=True):
         quantizer, turn = getattr(gemm, name), getattr(gemm, f"rotate_{name}")
-        x = rotated(given, gemm.rotate, where, keys["rotate"])
-        x = rotated(x, turn, where, keys[f"rotate_{name}"], free=True)
+        x = rotated(array, gemm.rotate, where, given["rotate"])
+        x = rotated(x, turn, where, given[f"rotate_{name}"], free=True)
+        scale = given[f"{name}_scale"]
         if groups > 1 and name == "lhs" and quantizer is not None:
-            operand = _grouped(x, quantizer, where, groups, keys[name])
+            operand = _grouped(x, quantizer, where, groups, given[name], scale)
         else:
-            operand = _operand.quantized(x, quantizer, where, key=keys[name], promote=promote)
+            operand = _operand.quantized(x, quantizer, where, key=given[name], scale=scale, promote=promote)
+        # Neighbouring windows share elements: only one scale for all of them can be taken out of the sum.
         if not is_dot and name == "lhs" and operand.scale is not None and operand.scale.size > 1:
             assert quantizer is not None
             operand = Operand(operand.value, fmt=quantizer.fmt)
@@ -81,7 +84,7 @@ def product(equation, gemm: Gemm, lhs, rhs, keys: dict, kept: list | None = None
     if gemm.accumulator is not None:
         _check_register(gemm.accumulator, operands)
         accumulated = _accumulated_dot if is_dot else _accumulated_conv
-        out = accumulated(equation, gemm.accumulator, operands, axes, keys["accumulator"])
+        out = accumulated(equation, gemm.accumulator, operands, axes, given["accumulator"])
     else:
         out = _narrow(equation, axes, operands)
     for operand, scale_shape in zip(operands, _scale_shapes(equation, axes, operands), strict=True):
@@ -91,8 +94,8 @@ def product(equation, gemm: Gemm, lhs, rhs, keys: dict, kept: list | None = None
     out = out.astype(dtype)
     start = len(axes[0].batch)
     for turn, where, key in (
-        (gemm.rotate_lhs, axes[0], keys["rotate_lhs"]),
-        (gemm.rotate_rhs, axes[1], keys["rotate_rhs"]),
+        (gemm.rotate_lhs, axes[0], given["rotate_lhs"]),
+        (gemm.rotate_rhs, axes[1], given["rotate_rhs"]),
     ):
         mine = tuple(range(start, start + len(where.free)))
         out = rotated(out, turn, Axes(mine, (), tuple(a for a in range(out.ndim) if a not in mine)), key, inverse=True)
@@ -100,10 +103,11 @@ def product(equation, gemm: Gemm, lhs, rhs, keys: dict, kept: list | None = None
     return out
 
 
-def swapped(keys: dict) -> dict:
-    """Returns the keys of ``Gemm.swapped()``."""
-    pairs = {"lhs": "rhs", "rhs": "lhs", "rotate_lhs": "rotate_rhs", "rotate_rhs": "rotate_lhs"}
-    return {name: keys[pairs.get(name, name)] for name in keys}
+def swapped(given: dict) -> dict:
+    """Returns what ``Gemm.swapped()`` is given."""
+    pairs = {"lhs": "rhs", "rotate_lhs": "rotate_rhs", "lhs_scale": "rhs_scale"}
+    pairs |= {b: a for a, b in pairs.items()}
+    return {name: given[pairs.get(name, name)] for name in given}
 
 
 def _check_register(accumulator: Accumulator, operands: list[Operand]) -> None:
@@ -127,48 +131,53 @@ def _slope(x, operand: Operand, quantizer: Quantizer, axes: Axes):
     return _operand.from_rows(derivative(quantizer, rows, value, -1), axes, x.shape)
 
 
-def _grouped(x, quantizer: Quantizer, axes: Axes, groups: int, key) -> Operand:
+def _grouped(x, quantizer: Quantizer, axes: Axes, groups: int, key, scale) -> Operand:
     """Returns the lhs of a grouped convolution as an operand: blocks lie within a group."""
     (feature,) = axes.contract
     split = x.reshape(*x.shape[:feature], groups, x.shape[feature] // groups, *x.shape[feature + 1 :])
     free = tuple(a for a in range(split.ndim) if a != feature + 1)
-    operand = _operand.quantized(split, quantizer, Axes((feature + 1,), (), free), key=key)
+    operand = _operand.quantized(split, quantizer, Axes((feature + 1,), (), free), key=key, scale=scale)
     if operand.scale is not None and operand.scale.size == 1:
         return Operand(operand.elements.reshape(x.shape), operand.scale.reshape((1,) * x.ndim), fmt=operand.fmt)
     return Operand(operand.value.reshape(x.shape), fmt=quantizer.fmt)
 
 
 def _narrow(equation, axes: tuple[Axes, Axes], operands: list[Operand]):
-    """Returns the product of the elements, in the narrowest dtype that holds both exactly."""
+    """Returns the product of the elements, in a narrow dtype that holds both exactly."""
     lhs, rhs = operands
-    wide = jnp.promote_types(*(o.elements.dtype for o in operands))
-    if jnp.finfo(wide).bits < 32:
-        wide = np.dtype(np.float32)
-    params = dict(equation.params)
-    named = params["precision"] is not None and not isinstance(params["precision"], lax.Precision | tuple)
-    dtypes = [
-        np.dtype(jnp.bfloat16)
-        if o.elements.dtype == jnp.bfloat16
-        else np.dtype(wide)
-        if o.fmt is None or named
-        else _operand.narrow_dtype(o.fmt, np.dtype(wide))
-        for o in operands
-    ]
-    shapes = [v.aval.shape for v in equation.invars]
-    depth = max(math.prod(s[a] for a in w.contract) for s, w in zip(shapes, axes, strict=True))
-    if set(dtypes) == {np.dtype(np.int8)} and depth < 2**17:  # int32 holds 2^17 - 1 products of -128
-        dtype, total = np.dtype(np.int8), np.int32
-    elif set(dtypes) <= {np.dtype(np.int8), np.dtype(jnp.bfloat16)}:
-        dtype, total = np.dtype(jnp.bfloat16), np.float32
-    else:
-        dtype, total = np.dtype(wide), wide
-    params["preferred_element_type"] = np.dtype(total)
+    dtype, total = _dtype(equation, axes, operands)
     x, y = _operand.held(lhs.elements, lhs.fmt, dtype), _operand.held(rhs.elements, rhs.fmt, dtype)
-    out = equation.primitive.bind(x, y, **params)
+    out = equation.primitive.bind(x, y, **equation.params | {"preferred_element_type": total})
     if dtype == np.int8:
         unit = 2.0 ** (_operand.lowest_bit(lhs.fmt) + _operand.lowest_bit(rhs.fmt))
         return out.astype(np.float32) * np.float32(unit)
     return out
+
+
+def _dtype(equation, axes: tuple[Axes, Axes], operands: list[Operand]) -> tuple[np.dtype, np.dtype]:
+    """Returns the dtype in which to multiply, and that in which to sum.
+
+    The CPU is slow where others are not: in bfloat16 and int8 where the lhs is not contracted over its last axis, and
+    in the gradients of int8 convolutions. There float32 or bfloat16 is taken instead. Products of int8 are summed
+    exactly in any case, but for convolutions: up to 2^10 of them are below 2^24.
+    """
+    wide = np.dtype(jnp.promote_types(*(o.elements.dtype for o in operands)))
+    wide = wide if jnp.finfo(wide).bits >= 32 else np.dtype(np.float32)
+    precision = equation.params["precision"]
+    if precision is not None and not isinstance(precision, lax.Precision | tuple):
+        return wide, wide
+    narrow = {
+        np.dtype(jnp.bfloat16) if o.elements.dtype == jnp.bfloat16 else _operand.narrow_dtype(o.fmt, wide)
+        for o in operands
+    }
+    is_dot, on_cpu = equation.primitive is lax.dot_general_p, jax.default_backend() == "cpu"
+    depth = math.prod(equation.invars[0].aval.shape[a] for a in axes[0].contract)
+    if narrow == {np.dtype(np.int8)} and is_dot and (2**10 < depth < 2**17 or (depth < 2**17 and not on_cpu)):
+        return np.dtype(np.int8), np.dtype(np.int32)
+    last = axes[0].contract == (equation.invars[0].aval.ndim - 1,)
+    if narrow <= {np.dtype(np.int8), np.dtype(jnp.bfloat16)} and not (on_cpu and is_dot and not last):
+        return np.dtype(jnp.bfloat16), np.dtype(np.float32)
+    return wide, wide
 
 
 def _scale_shapes(equation, axes: tuple[Axes, Axes], operands: list[Operand]):

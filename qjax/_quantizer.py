@@ -26,7 +26,7 @@ class StraightThrough:
 
     An estimator is any hashable callable ``derivative(x, value, low, high, step)``: the numbers, what they were rounded
     to, the range that their block can hold and the spacing below ``high``, all arrays that broadcast to the shape of x.
-    What it returns multiplies the gradient.
+    What it returns, numbers or truth values, multiplies the gradient.
 
     Source: Bengio, Leonard, Courville (2013), https://arxiv.org/abs/1308.3432.
     """
@@ -38,13 +38,15 @@ class StraightThrough:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Clipped:
-    """The straight-through estimator within the range, and 0 where x was clipped.
+    """The straight-through estimator up to ``margin`` steps beyond the range, and 0 where x was clipped by more.
 
     Source: Hubara et al. (2016), Binarized neural networks, https://arxiv.org/abs/1602.02830, equation 4.
     """
 
+    margin: float = 0.0
+
     def __call__(self, x, value, low, high, step):
-        return ((x >= low) & (x <= high)).astype(x.dtype)
+        return (x >= low - self.margin * step) & (x <= high + self.margin * step)
 
 
 @jax.tree_util.register_static
@@ -60,7 +62,7 @@ class TrustMasked:
     steps: float = 0.5
 
     def __call__(self, x, value, low, high, step):
-        return (jnp.abs(value - x) <= self.steps * step).astype(x.dtype)
+        return jnp.abs(value - x) <= self.steps * step
 
 
 @jax.tree_util.register_static
@@ -134,14 +136,14 @@ def _estimated(x, key, scale, quantizer: Quantizer, axis: int):
 def _estimated_jvp(quantizer: Quantizer, axis: int, primals, tangents):
     x, key, scale = primals
     value = _estimated(x, key, scale, quantizer, axis)
-    return value, derivative(quantizer, x, value, axis, scale) * tangents[0]
+    return value, derivative(quantizer, x, value, axis, scale).astype(x.dtype) * tangents[0]
 
 
 def derivative(quantizer: Quantizer, x, value, axis: int, scale=None):
-    """Returns the derivative that the estimator of a quantizer gives, in the shape and dtype of x."""
+    """Returns the derivative that the estimator of a quantizer gives, in the shape of x."""
     low, high, step = _range(x, quantizer.fmt, axis, scale)
     wide = _carrier.widen(x)
-    return quantizer.estimator(wide, _carrier.widen(value), low, high, step).astype(x.dtype)
+    return quantizer.estimator(wide, _carrier.widen(value), low, high, step)
 
 
 def _range(x, fmt: Format, axis: int, scale):

@@ -4,10 +4,13 @@ import dataclasses
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from qjax._accumulator import Accumulator
 from qjax._hadamard import Hadamard
 from qjax._quantizer import Quantizer
+from qjax.formats import Scaled
 
 
 def _check(caller: str, fields: dict, kind: type, what: str) -> None:
@@ -77,7 +80,14 @@ class Recipe:
         ``QTensor`` of ``encode``. "quantized": what the forward product got, rounded and rotated; the gradient
         then passes through the estimator and is rotated back.
 
+      history: for delayed scaling, over how many steps the largest magnitude of a tensor is taken. The scales of all
+        operands, which must be ``Scaled`` with one a tensor, then follow from the ``state`` that the product is given
+        (``init`` makes the first), and the new state is what the gradient with respect to the state is.
+
     An empty recipe is lax, bit for bit.
+
+    Raises:
+      TypeError, ValueError: if the parts are none of these, or do not go together.
 
     >>> import qjax
     >>> e4m3, e5m2 = qjax.Quantizer("e4m3_tensor"), qjax.Quantizer("e5m2_tensor")
@@ -91,6 +101,7 @@ class Recipe:
     drhs: Gemm = Gemm()
     save_lhs: Quantizer | Literal["quantized"] | None = None
     save_rhs: Quantizer | Literal["quantized"] | None = None
+    history: int | None = None
 
     def __post_init__(self):
         gemms = {name: getattr(self, name) for name in ("forward", "dlhs", "drhs")}
@@ -101,6 +112,18 @@ class Recipe:
             value = getattr(self, name)
             if value != "quantized":
                 _check("Recipe", {name: value}, Quantizer, "a Quantizer, 'quantized'")
+        kept = "quantized" in (self.save_lhs, self.save_rhs)
+        if (self.forward.rotate_lhs or self.forward.rotate_rhs) and kept:
+            raise ValueError(
+                "Recipe: rotate_lhs and rotate_rhs of forward cannot go with save='quantized'; use rotate."
+            )
+        if self.history is not None:
+            if self.history < 1:
+                raise ValueError(f"Recipe: history must be at least 1, got {self.history}.")
+            for quantizer in (q for gemm in gemms.values() for q in (gemm.lhs, gemm.rhs) if q is not None):
+                fmt = quantizer.fmt
+                if not isinstance(fmt, Scaled) or fmt.block is not None or isinstance(fmt.element, Scaled):
+                    raise ValueError(f"Recipe: delayed scaling (history) needs one scale a tensor, got {fmt!r}.")
 
     @property
     def is_empty(self) -> bool:
@@ -114,3 +137,19 @@ class Recipe:
         return any(part.is_stochastic for part in (self.forward, self.dlhs, self.drhs)) or any(
             isinstance(part, Quantizer) and part.is_stochastic for part in saved
         )
+
+    def init(self) -> dict[str, Array]:
+        """Returns the state of delayed scaling before the first step: the largest magnitudes of lhs, rhs and gradient.
+
+        Zeros stand for steps that are yet to come; while there are only such, the scale is 1.
+
+        Raises:
+          ValueError: if the recipe has no history.
+
+        >>> from qjax import recipes
+        >>> recipes.FP8_DELAYED.init()["lhs"].shape
+        (1024,)
+        """
+        if self.history is None:
+            raise ValueError("Recipe.init: the recipe has no state; give it a history for delayed scaling.")
+        return {name: jnp.zeros(self.history, jnp.float32) for name in ("lhs", "rhs", "gradient")}

@@ -1,5 +1,6 @@
 """Quantization to any format: dispatch on its kind, block scales and their rules."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from qjax import _carrier, _rounding
 from qjax._blocks import Blocks, blocks_of
 from qjax._codebook import round_to_codebook
 from qjax._rounding import Random, Rounding
-from qjax.formats import Codebook, Fixed, Float, Format, Scaled
+from qjax.formats import Codebook, Fixed, Float, Format, Rms, Scaled
 
 
 class Mode(NamedTuple):
@@ -95,6 +96,8 @@ def _scale_of(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random: Random
     if scale is not None:
         return _given_scale(scale, fmt, blocks)
     largest = _largest(x, blocks)
+    if isinstance(fmt.rule, Rms):
+        return _rms_scale(x, largest, fmt, fmt.rule, blocks)
     return _best_scale(x, largest, fmt, blocks, inner, random) if fmt.rule == "mse" else _rule(largest, fmt)
 
 
@@ -161,6 +164,26 @@ def _rule(largest, fmt: Scaled):
 def _exponent_range(scale: Float, c) -> tuple[int, int]:
     lowest = scale.quantum_exponent if scale.subnormals is True else scale.emin
     return max(lowest, 1 - c.bias - c.mantissa_bits), min(scale.emax, c.bias)
+
+
+def _rms_scale(x, largest, fmt: Scaled, rule: Rms, blocks: Blocks):
+    """Returns the scale of each block from its root mean square."""
+    c = _carrier.carrier(x.dtype)
+    # In units of the largest magnitude, so that no square leaves the range.
+    unit = _carrier.flush(_carrier.from_bits(largest, c))
+    squares = blocks.split(jnp.square(_divide(x, blocks.spread(unit))))
+    entries = blocks.split(jnp.ones_like(x))
+    mean = jnp.sum(squares, axis=blocks.within) / jnp.sum(entries, axis=blocks.within)
+    ratio = unit * jnp.sqrt(mean).reshape(blocks.counts) * c.float(rule.clip / fmt.element.max)
+    if fmt.power_of_two:
+        if rule.log2 == "nearest":
+            ratio = ratio * c.float(math.sqrt(2))
+        exponent = _carrier.exponent(_carrier.to_bits(ratio, c), c)
+        exponent = jnp.clip(exponent, *_exponent_range(fmt.scale, c))
+        scale = _carrier.from_bits(_carrier.compose(jnp.ones_like(exponent), exponent, c), c)
+    else:
+        scale = _nearest_scale(ratio, fmt)
+    return jnp.where(largest >= c.uint(c.inf), c.float(np.nan if fmt.scale.has_nan else fmt.scale.max), scale)
 
 
 def _power_of_two(largest, fmt: Scaled, c):

@@ -25,7 +25,7 @@ LAYERS = (
     ("_accumulator", "_operand"),
     ("_recipe", "_jaxpr"),
     ("_product", "_sites"),
-    ("_dot", "_coverage", "_rules"),
+    ("_dot", "_coverage", "_rules", "recipes"),
     ("_program",),
     ("linen", "nnx"),
 )

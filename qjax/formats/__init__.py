@@ -1,6 +1,6 @@
 """Formats: sets of values with an encoding. No rounding, no arrays."""
 
-from qjax.formats._codebook import Codebook, posit, powers_of_two, takum
+from qjax.formats._codebook import Codebook, midrise, posit, powers_of_two, takum
 from qjax.formats._fixed import Fixed
 from qjax.formats._float import Float
 from qjax.formats._names import (
@@ -34,7 +34,7 @@ from qjax.formats._names import (
     format,
     format_names,
 )
-from qjax.formats._scaled import Scaled
+from qjax.formats._scaled import Rms, Scaled
 
 __all__ = [
     "BF16",
@@ -67,9 +67,11 @@ __all__ = [
     "Fixed",
     "Float",
     "Format",
+    "Rms",
     "Scaled",
     "format",
     "format_names",
+    "midrise",
     "posit",
     "powers_of_two",
     "takum",

@@ -186,3 +186,20 @@ def powers_of_two(bits: int) -> Codebook:
         raise ValueError(f"powers_of_two: expected 2 to 9 bits, got {bits}.")
     magnitudes = [2.0**-i for i in range(2 ** (bits - 1) - 1)]
     return Codebook(tuple(sorted([0.0, *magnitudes, *(-m for m in magnitudes)])), f"pow2_{bits}")
+
+
+@functools.lru_cache
+def midrise(bits: int) -> Codebook:
+    """Returns the uniform grid without zero: the ``2^bits`` odd integers from ``1 - 2^bits`` to ``2^bits - 1``.
+
+    With a scale it is the centred quantizer of ``bits`` bits, 1 to 8; with one bit, the sign.
+
+    >>> from qjax import midrise
+    >>> midrise(2).values()
+    array([-3., -1.,  1.,  3.])
+
+    Source: Panferov et al. (2025), QuEST, https://arxiv.org/abs/2502.05003, section 3.1.
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"midrise: expected 1 to 8 bits, got {bits}.")
+    return Codebook(tuple(float(k) for k in range(1 - 2**bits, 2**bits, 2)), f"midrise{bits}")

@@ -10,7 +10,29 @@ from qjax.formats._codebook import Codebook
 from qjax.formats._fixed import Fixed
 from qjax.formats._float import Float
 
-Rule = Literal["floor", "ceil", "rceil", "even", "absmax", "mse"]
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Rms:
+    """The rule of a block scale that follows the root mean square r of the block: ``clip r / M``, M as in ``Scaled``.
+
+    Elements beyond ``clip`` times r saturate. A scale that is not a power of two is rounded to nearest in its format;
+    one that is, has the exponent ``floor(log2(clip r / M))``, or the nearest integer with ``log2="nearest"``. The sum
+    of squares is that of the backend, so that the last bit of r may differ between programs.
+
+    >>> import jax.numpy as jnp, qjax
+    >>> fmt = qjax.Scaled(qjax.TERNARY, qjax.FP32, "axis", rule=qjax.Rms(1.5))
+    >>> qjax.chop(jnp.array([3.0, -3.0, 3.0, 0.5, -3.0], jnp.float32), fmt)
+    Array([ 4.0388737, -4.0388737,  4.0388737,  0.       , -4.0388737],      dtype=float32)
+
+    Source: Panferov et al. (2025), QuEST, https://arxiv.org/abs/2502.05003, section 3.1.
+    """
+
+    clip: float
+    log2: Literal["floor", "nearest"] = "floor"
+
+
+Rule = Literal["floor", "ceil", "rceil", "even", "absmax", "mse"] | Rms
 Block = int | tuple[int, ...] | Literal["axis"] | None
 
 
@@ -32,7 +54,8 @@ class Scaled:
         "even": as floor, of ``a`` rounded to the element's mantissa bits, ties away;
         "absmax": ``a / M``, rounded to nearest in the scale's format;
         "mse": the one of the least squared error; of the scale of "floor", its double and its half for scales that are
-        powers of two, else of 1, 31/32 ... 17/32 times the scale of "absmax".
+        powers of two, else of 1, 31/32 ... 17/32 times the scale of "absmax";
+        ``Rms(clip)``: from the root mean square instead.
         Default: "floor" for scales that are powers of two, else "absmax".
       zero_point: for an unsigned ``Fixed`` element the format of a zero point z, ``x = scale * (element - z)``, both
         from the smallest and the largest value of the block and zero; else None.
@@ -79,8 +102,10 @@ class Scaled:
         power_of_two = scale.mantissa_bits == 0
         if rule is None:
             rule = "floor" if power_of_two else "absmax"
-        if rule not in ("floor", "ceil", "rceil", "even", "absmax", "mse"):
-            raise ValueError(f"Scaled: rule must be 'floor', 'ceil', 'rceil', 'even', 'absmax' or 'mse', got {rule!r}.")
+        if rule not in ("floor", "ceil", "rceil", "even", "absmax", "mse") and not isinstance(rule, Rms):
+            raise ValueError(
+                f"Scaled: rule must be 'floor', 'ceil', 'rceil', 'even', 'absmax', 'mse' or an Rms, got {rule!r}."
+            )
         if isinstance(element, Fixed) and element.overflow == "wrap":
             raise ValueError("Scaled: elements saturate; use a Fixed element with overflow='saturate'.")
         if zero_point is not None and (
