@@ -50,10 +50,10 @@ def quantize(model: M, rule: Rule, *, strict: bool = True) -> M:
     >>> variables = model.init(jax.random.key(0), x)
     >>> quantized = qjax.linen.quantize(model, {"layers_0": None, ".*": qjax.Recipe(qjax.Gemm(e4m3, e4m3))})
     >>> print(qjax.linen.coverage(quantized, variables, x))
-    path     | operation   | shapes                        | forward                   | dlhs | drhs | accumulator
-    ---------|-------------|-------------------------------|---------------------------|------|------|------------
-    layers_0 | dot_general | float32[2, 4] x float32[4, 8] | -                         | -    | -    | -
-    layers_2 | dot_general | float32[2, 8] x float32[8, 2] | e4m3_tensor x e4m3_tensor | -    | -    | -
+    path     | operation   | shapes              | forward                   | dlhs | drhs | accumulator
+    ---------|-------------|---------------------|---------------------------|------|------|------------
+    layers_0 | dot_general | f32[2,4] x f32[4,8] | -                         | -    | -    | -
+    layers_2 | dot_general | f32[2,8] x f32[8,2] | e4m3_tensor x e4m3_tensor | -    | -    | -
     1 of 2 dots quantized, 33.3 % of the multiply-adds
     """
     if not isinstance(model, nn.Module):

@@ -50,10 +50,10 @@ def quantize(model: M, rule: Rule, *, strict: bool = True, rngs: nnx.Rngs | None
     >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
     >>> quantized = qjax.nnx.quantize(model, {"layers/0": None, ".*": qjax.Recipe(qjax.Gemm(e4m3, e4m3))})
     >>> print(qjax.nnx.coverage(quantized, jnp.ones((2, 4), jnp.float32)))
-    path     | operation   | shapes                        | forward                   | dlhs | drhs | accumulator
-    ---------|-------------|-------------------------------|---------------------------|------|------|------------
-    layers/0 | dot_general | float32[2, 4] x float32[4, 8] | -                         | -    | -    | -
-    layers/2 | dot_general | float32[2, 8] x float32[8, 2] | e4m3_tensor x e4m3_tensor | -    | -    | -
+    path     | operation   | shapes              | forward                   | dlhs | drhs | accumulator
+    ---------|-------------|---------------------|---------------------------|------|------|------------
+    layers/0 | dot_general | f32[2,4] x f32[4,8] | -                         | -    | -    | -
+    layers/2 | dot_general | f32[2,8] x f32[8,2] | e4m3_tensor x e4m3_tensor | -    | -    | -
     1 of 2 dots quantized, 33.3 % of the multiply-adds
     """
     if not isinstance(model, nnx.Module):
