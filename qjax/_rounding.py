@@ -226,56 +226,64 @@ def round_to(
         half = jnp.where(smallest < 2 * hidden, smallest >> 1, smallest - hidden)
     quantum_field = finest - c.mantissa_bits
     # Where the spacing is that of subnormals of the carrier, 0 and the smallest value are numbers like the others.
-    in_place = static and not wide and quantum_field < 2
-    field, finest, fewest = pattern >> c.mantissa_bits, each(finest), c.mantissa_bits - mantissa_bits
-    if least_field == 0 and not wide:
-        # The subnormals of the carrier have half the spacing of its first normal numbers.
-        drop = jnp.maximum(finest - field, fewest) - (field == 0).astype(c.int)
+    coarse = static and not wide and quantum_field > 1
+    in_place = static and not (wide or coarse) and has_subnormals and mantissa_bits > 0
+    fewest = c.mantissa_bits - mantissa_bits
+    if rounding is Rounding.NEAREST_EVEN and coarse and _sum_rounds(fmt, shift, fewest, c):
+        rounded, zero = _nearest_by_sum(pattern, fmt, shift, finest, fewest, c), pattern <= half
+        in_place = has_subnormals
     else:
-        drop = jnp.maximum(finest - (field if wide else jnp.maximum(field, 1)), fewest)
-    drop = jnp.minimum(drop, c.mantissa_bits)
-    mask = (c.int(1) << drop) - 1
-
-    if not rounding.is_stochastic:
-        # Where all bits but the hidden one go, the lowest bit of the exponent stands for it, that is for the parity
-        # of the code: it is odd at the finest spacing, or even where the codes of normal numbers start at 0.
-        lowest_is_odd = int(not (isinstance(fmt, Float) and fmt.subnormals == "normal"))
-        flip = each((quantum_field + lowest_is_odd & 1) << c.mantissa_bits)
-        odd = (pattern + flip) >> (drop if mantissa_bits > 0 else c.mantissa_bits) & 1
-        bump = _bump(rounding, mask, odd, negative)
-        smallest = each(smallest)
-        zero = pattern < _least_up(rounding, first, each(half), smallest, negative)
-    else:
-        assert random is not None
-        if rounding in (Rounding.STOCHASTIC, Rounding.STOCHASTIC_B):
-            last = 1 << (c.width - 1 - random.bits) if rounding is Rounding.STOCHASTIC_B else 0
-            bump = ((random.words | c.uint(last)) >> (c.width - drop).astype(c.uint)).astype(c.int)
+        field, finest = pattern >> c.mantissa_bits, each(finest)
+        if least_field == 0 and not wide:
+            # The subnormals of the carrier have half the spacing of its first normal numbers.
+            drop = jnp.maximum(finest - field, fewest) - (field == 0).astype(c.int)
         else:
-            fraction = (pattern & mask).astype(c.uint) << (c.width - drop).astype(c.uint)
-            bump = jnp.where(goes_up(rounding, fraction, random, c), mask, 0)
-        significand = (pattern & (hidden - 1)) | hidden
-        sticky = rounding in (Rounding.STOCHASTIC_C, Rounding.STOCHASTIC_EQUAL)
-        if wide:
-            significand = jnp.where(magnitude == 0, 0, significand)
-        elif not static or sticky or quantum_field <= c.width:  # else they are too small to count
-            significand = jnp.where(field == 0, pattern, significand)
-            field = jnp.maximum(field, 1)
-        smallest = each(smallest if wide else jnp.where(smallest < 2 * hidden, 0, smallest))
-        if isinstance(fmt, Float) and fmt.subnormals == "normal" and mantissa_bits > 0:
-            fraction = _fraction_of_odd(significand, field, each(fmt.emin + c.bias + shift), mantissa_bits, c)
+            normal = field if wide or coarse else jnp.maximum(field, 1)
+            drop = jnp.maximum(finest - normal, fewest)
+        drop = jnp.minimum(drop, c.mantissa_bits)
+        mask = (c.int(1) << drop) - 1
+        if not rounding.is_stochastic:
+            # Where all bits but the hidden one go, the lowest bit of the exponent stands for it, that is for the parity
+            # of the code: it is odd at the finest spacing, or even where the codes of normal numbers start at 0.
+            lowest_is_odd = int(not (isinstance(fmt, Float) and fmt.subnormals == "normal"))
+            flip = each((quantum_field + lowest_is_odd & 1) << c.mantissa_bits)
+            odd = (pattern + flip) >> (drop if mantissa_bits > 0 else c.mantissa_bits) & 1
+            bump = _bump(rounding, mask, odd, negative)
+            smallest = each(smallest)
+            zero = pattern < _least_up(rounding, first, each(half), smallest, negative)
         else:
-            fraction = _fraction_of_power(significand, (smallest >> c.mantissa_bits) - field, sticky, c)
-        zero = (pattern < smallest) & ~goes_up(rounding, fraction, random, c)
-    rounded = (pattern + bump) & ~mask
-    if not in_place:
-        rounded = jnp.maximum(rounded, smallest)
+            assert random is not None
+            if rounding in (Rounding.STOCHASTIC, Rounding.STOCHASTIC_B):
+                last = 1 << (c.width - 1 - random.bits) if rounding is Rounding.STOCHASTIC_B else 0
+                bump = ((random.words | c.uint(last)) >> (c.width - drop).astype(c.uint)).astype(c.int)
+            else:
+                fraction = (pattern & mask).astype(c.uint) << (c.width - drop).astype(c.uint)
+                bump = jnp.where(goes_up(rounding, fraction, random, c), mask, 0)
+            significand = (pattern & (hidden - 1)) | hidden
+            sticky = rounding in (Rounding.STOCHASTIC_C, Rounding.STOCHASTIC_EQUAL)
+            if wide:
+                significand = jnp.where(magnitude == 0, 0, significand)
+            elif not static or sticky or quantum_field <= c.width:  # else they are too small to count
+                significand = jnp.where(field == 0, pattern, significand)
+                field = jnp.maximum(field, 1)
+            smallest = each(smallest if wide else jnp.where(smallest < 2 * hidden, 0, smallest))
+            if isinstance(fmt, Float) and fmt.subnormals == "normal" and mantissa_bits > 0:
+                fraction = _fraction_of_odd(significand, field, each(fmt.emin + c.bias + shift), mantissa_bits, c)
+            else:
+                fraction = _fraction_of_power(significand, (smallest >> c.mantissa_bits) - field, sticky, c)
+            zero = (pattern < smallest) & ~goes_up(rounding, fraction, random, c)
+        rounded = (pattern + bump) & ~mask
     if wide:
+        rounded = jnp.maximum(rounded, smallest)
         down = 1 - (rounded >> c.mantissa_bits)
         denormalized = ((rounded & (hidden - 1)) | hidden) >> jnp.clip(down, 0, c.width - 1)
         rounded = jnp.where(down > 0, denormalized, rounded)
-    if has_zero and not in_place:
-        rounded = jnp.where(zero, 0, rounded)
     rounded, largest = rounded.astype(c.uint), bound.astype(c.uint)
+    if not (wide or in_place):
+        # Compared without a sign, which a NaN may have reached.
+        rounded = jnp.maximum(rounded, smallest.astype(c.uint))
+    if has_zero and not in_place:
+        rounded = jnp.where(zero, c.uint(0), rounded)
 
     if static and finest > 2 * c.bias + c.mantissa_bits:
         rounded = jnp.where(magnitude < c.uint(c.inf), rounded, c.uint(c.inf))
@@ -309,7 +317,8 @@ def _special(rounded, magnitude, sign, lowest, largest, fmt: Float, rounding: Ro
       largest: the largest one.
     """
     inf, negative, nan = c.uint(c.inf), sign != 0, magnitude > c.uint(c.inf)
-    if saturate or not (fmt.has_inf or fmt.has_nan):
+    saturate = saturate or not (fmt.has_inf or fmt.has_nan)
+    if saturate:
         result = jnp.minimum(rounded, largest)
     else:
         match rounding:
@@ -334,6 +343,38 @@ def _special(rounded, magnitude, sign, lowest, largest, fmt: Float, rounding: Ro
     else:
         nan = nan | negative & ((result if fmt.has_zero else magnitude) != 0)
     return jnp.where(nan, c.uint(c.nan) if fmt.has_nan else largest, result)
+
+
+def _field_beyond(fmt: Float | Fixed, shift: int, c: Carrier) -> int:
+    """Returns the exponent field of the first power of two above all values."""
+    return max(math.frexp(fmt.max)[1], math.frexp(-fmt.min)[1]) + shift + c.bias
+
+
+def _sum_rounds(fmt: Float | Fixed, shift: int, fewest: int, c: Carrier) -> bool:
+    """Returns whether ``_nearest_by_sum`` may be used for a format whose spacings are normal numbers of the carrier."""
+    beyond = _field_beyond(fmt, shift, c)
+    if c.width != 32:  # TPUs emulate float64, and do not round sums of it as IEEE 754 does
+        return False
+    if isinstance(fmt, Float):
+        return fmt.mantissa_bits > 0 and beyond + fewest <= 2 * c.bias
+    spacing_field = -fmt.fraction_bits + shift + c.bias
+    return fmt.overflow == "saturate" and beyond < spacing_field + c.mantissa_bits <= 2 * c.bias
+
+
+def _nearest_by_sum(pattern, fmt: Float | Fixed, shift: int, finest: int, fewest: int, c: Carrier):
+    """Returns magnitudes rounded to the nearest, ties to even, by one sum of floats.
+
+    The power of two that is added has the spacing of the result for its own, so the hardware rounds as wanted, once.
+    What it adds up to is taken apart as an integer: the difference of floats would be the number itself to a compiler
+    that re-associates. Subnormals of the carrier, which it may flush, are too small to count.
+    """
+    pattern = jnp.minimum(pattern, c.int(_field_beyond(fmt, shift, c) << c.mantissa_bits))
+    power = c.int(finest << c.mantissa_bits)
+    if isinstance(fmt, Float):
+        power = jnp.maximum((pattern & c.int(c.inf)) + c.int(fewest << c.mantissa_bits), power)
+    total = to_bits(from_bits(pattern, c) + from_bits(power, c), c).astype(c.int)
+    spacing = from_bits(power - c.int(c.mantissa_bits << c.mantissa_bits), c)
+    return to_bits((total - power).astype(c.float) * spacing, c).astype(c.int)
 
 
 def _ratio(value: float, mantissa_bits: int) -> tuple[int, int]:
