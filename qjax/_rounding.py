@@ -1,7 +1,8 @@
 """The rounding core: rounds floats to a ``Float`` or ``Fixed`` format on their bit patterns.
 
-Only integer operations touch the data, for XLA flushes subnormals in float arithmetic and compares, and may
-re-associate floats. The same function runs eagerly, under jit and inside a Pallas body.
+Integer operations touch the data, for XLA flushes subnormals in float arithmetic and compares, and may re-associate
+floats; the one sum of floats, in ``_nearest_by_sum``, is proof against both. The same function runs eagerly, under jit
+and inside a Pallas body.
 """
 
 import dataclasses
@@ -11,7 +12,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qjax._carrier import Carrier, carrier, compose, from_bits, static_bits, to_bits
 from qjax.formats import Fixed, Float
@@ -97,7 +97,14 @@ def _bump(rounding: Rounding, mask, odd, negative):
 
 
 def _least_up(rounding: Rounding, first, half, smallest, negative):
-    """Returns the least pattern that does not go to 0: of the first one above 0, half the smallest value, that value."""
+    """Returns the least pattern that does not go to 0.
+
+    Args:
+      first: the pattern of the first number above 0.
+      half: that of half the smallest value.
+      smallest: that of the smallest value.
+      negative: whether the number is negative.
+    """
     match rounding:
         case Rounding.NEAREST_EVEN | Rounding.NEAREST_ZERO:
             return half + 1
@@ -225,12 +232,14 @@ def round_to(
         smallest = jnp.maximum(_bits(*_ratio(grain, mantissa_bits), shift, c), first)
         half = jnp.where(smallest < 2 * hidden, smallest >> 1, smallest - hidden)
     quantum_field = finest - c.mantissa_bits
-    # Where the spacing is that of subnormals of the carrier, 0 and the smallest value are numbers like the others.
+    # In a format whose finest spacing is that of subnormals of the carrier, or that of its first normal numbers, 0 and
+    # the smallest value are numbers like the others.
     coarse = static and not wide and quantum_field > 1
     in_place = static and not (wide or coarse) and has_subnormals and mantissa_bits > 0
     fewest = c.mantissa_bits - mantissa_bits
-    if rounding is Rounding.NEAREST_EVEN and coarse and _sum_rounds(fmt, shift, fewest, c):
-        rounded, zero = _nearest_by_sum(pattern, fmt, shift, finest, fewest, c), pattern <= half
+    nearest = rounding is Rounding.NEAREST_EVEN
+    if nearest and coarse and isinstance(shift, int) and _sum_rounds(fmt, shift, fewest, c):
+        rounded, zero = _nearest_by_sum(pattern, fmt, shift, fewest, c), pattern <= half
         in_place = has_subnormals
     else:
         field, finest = pattern >> c.mantissa_bits, each(finest)
@@ -361,7 +370,7 @@ def _sum_rounds(fmt: Float | Fixed, shift: int, fewest: int, c: Carrier) -> bool
     return fmt.overflow == "saturate" and beyond < spacing_field + c.mantissa_bits <= 2 * c.bias
 
 
-def _nearest_by_sum(pattern, fmt: Float | Fixed, shift: int, finest: int, fewest: int, c: Carrier):
+def _nearest_by_sum(pattern, fmt: Float | Fixed, shift: int, fewest: int, c: Carrier):
     """Returns magnitudes rounded to the nearest, ties to even, by one sum of floats.
 
     The power of two that is added has the spacing of the result for its own, so the hardware rounds as wanted, once.
@@ -369,7 +378,7 @@ def _nearest_by_sum(pattern, fmt: Float | Fixed, shift: int, finest: int, fewest
     that re-associates. Subnormals of the carrier, which it may flush, are too small to count.
     """
     pattern = jnp.minimum(pattern, c.int(_field_beyond(fmt, shift, c) << c.mantissa_bits))
-    power = c.int(finest << c.mantissa_bits)
+    power = c.int(fmt.quantum_exponent + shift + c.bias + c.mantissa_bits << c.mantissa_bits)
     if isinstance(fmt, Float):
         power = jnp.maximum((pattern & c.int(c.inf)) + c.int(fewest << c.mantissa_bits), power)
     total = to_bits(from_bits(pattern, c) + from_bits(power, c), c).astype(c.int)
