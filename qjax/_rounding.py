@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qjax._carrier import Carrier, carrier, compose, from_bits, static_bits, to_bits
 from qjax.formats import Fixed, Float
@@ -149,7 +150,8 @@ def once(block_values):
 
     XLA fuses what it can into the work on every element, through optimization barriers too, but not a reduction.
     """
-    return jnp.max(block_values[..., None] - jnp.arange(2, dtype=block_values.dtype), axis=-1)
+    pair = lax.broadcasted_iota(block_values.dtype, (*block_values.shape, 2), block_values.ndim)
+    return jnp.max(block_values[..., None] - pair, axis=-1)
 
 
 def max_random_bits(rounding: Rounding, width: int) -> int:
