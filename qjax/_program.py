@@ -198,9 +198,9 @@ def coverage(fn: Callable, *args, rule: Rule | None = None, **kwargs) -> Coverag
     >>> e4m3 = qjax.Quantizer("e4m3_tensor")
     >>> x = jnp.ones((2, 4), jnp.float32)
     >>> print(qjax.coverage(lambda x: x @ x.T, x, rule=qjax.Recipe(qjax.Gemm(e4m3, e4m3))))
-    path | operation   | shapes                        | forward                   | dlhs | drhs | accumulator
-    -----|-------------|-------------------------------|---------------------------|------|------|------------
-         | dot_general | float32[2, 4] x float32[4, 2] | e4m3_tensor x e4m3_tensor | -    | -    | -
+    path | operation   | shapes              | forward                   | dlhs | drhs | accumulator
+    -----|-------------|---------------------|---------------------------|------|------|------------
+         | dot_general | f32[2,4] x f32[4,2] | e4m3_tensor x e4m3_tensor | -    | -    | -
     1 of 1 dots quantized, 100.0 % of the multiply-adds
     """
     sites: list[Site] = []

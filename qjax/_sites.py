@@ -151,4 +151,5 @@ def _source(eqn) -> str:
     ]
     lines = source_info_util.summarize(eqn.source_info, num_frames=1000).splitlines()
     users = [line for line in lines if not any(line.startswith(str(folder)) for folder in libraries)]
-    return ":".join((users or lines or ["unknown"])[-1].split(" ")[0].split(":")[:2])
+    line, *_ = (users or lines or ["unknown"])[-1].rsplit(" (", 1)
+    return ":".join(line.split(":")[:2])

@@ -50,10 +50,10 @@ def quantize(model: M, rule: Rule, *, strict: bool = True, rngs: nnx.Rngs | None
     >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
     >>> quantized = qjax.nnx.quantize(model, {"layers/0": None, ".*": qjax.Recipe(qjax.Gemm(e4m3, e4m3))})
     >>> print(qjax.nnx.coverage(quantized, jnp.ones((2, 4), jnp.float32)))
-    path     | operation   | shapes                        | forward                   | dlhs | drhs | accumulator
-    ---------|-------------|-------------------------------|---------------------------|------|------|------------
-    layers/0 | dot_general | float32[2, 4] x float32[4, 8] | -                         | -    | -    | -
-    layers/2 | dot_general | float32[2, 8] x float32[8, 2] | e4m3_tensor x e4m3_tensor | -    | -    | -
+    path     | operation   | shapes              | forward                   | dlhs | drhs | accumulator
+    ---------|-------------|---------------------|---------------------------|------|------|------------
+    layers/0 | dot_general | f32[2,4] x f32[4,8] | -                         | -    | -    | -
+    layers/2 | dot_general | f32[2,8] x f32[8,2] | e4m3_tensor x e4m3_tensor | -    | -    | -
     1 of 2 dots quantized, 33.3 % of the multiply-adds
     """
     if not isinstance(model, nnx.Module):
@@ -104,7 +104,7 @@ def _give_keys(caller: str, module: nnx.Module, rule: Checked, rngs: nnx.Rngs | 
 @functools.lru_cache(maxsize=512)
 def _quantized(cls: type[nnx.Module], rule: Checked, strict: bool) -> type[nnx.Module]:
     """Returns a subclass whose methods are quantized. Equal rules give one class, so that equal models compile once."""
-    methods = {name: _lifted(cls, name, "nnx.quantize", lambda self: rule, strict) for name in _methods(cls)}
+    methods = _lifted_methods(cls, "nnx.quantize", lambda self: rule, strict, "__call__")
     return _subclass(cls, **methods)
 
 
@@ -122,7 +122,12 @@ def _methods(cls: type[nnx.Module]) -> Iterator[str]:
             yield name
 
 
-def _lifted(cls: type[nnx.Module], name: str, caller: str, rule_of, strict: bool) -> Callable[..., Any]:
+def _lifted_methods(cls: type[nnx.Module], caller: str, rule_of, strict: bool, whole: str) -> dict[str, Any]:
+    """Returns the methods of a class quantized, one of them by the whole rule."""
+    return {name: _lifted(cls, name, caller, rule_of, strict, name == whole) for name in _methods(cls)}
+
+
+def _lifted(cls: type[nnx.Module], name: str, caller: str, rule_of, strict: bool, whole: bool) -> Callable[..., Any]:
     original = getattr(cls, name)
 
     @functools.wraps(original)
@@ -149,7 +154,7 @@ def _lifted(cls: type[nnx.Module], name: str, caller: str, rule_of, strict: bool
                 key=lambda: None if keys is None else keys(),
                 ask="rngs=nnx.Rngs(..., quantize=0) when it is made",
                 strict=strict,
-                whole=name == "__call__",
+                whole=whole,
                 root=root,
             )
 
@@ -203,8 +208,7 @@ def _layer(cls: type[nnx.Module]) -> Any:
         if self.recipe is not None:
             _give_keys(caller, self, self.recipe, rngs)
 
-    methods = {name: _lifted(cls, name, caller, lambda self: self.recipe, False) for name in _methods(cls)}
-    layer = _subclass(cls, __init__=init, **methods)
+    layer = _subclass(cls, __init__=init, **_lifted_methods(cls, caller, lambda self: self.recipe, False, ""))
     layer.__module__ = __name__
     layer.__doc__ = (
         f"``flax.nnx.{cls.__name__}`` with ``recipe``: a rule as ``quantize`` takes it, None for Flax as it is.\n\n"
