@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import optax
@@ -174,6 +175,43 @@ def test_vmap_composes_from_outside():
     model = qjax.nnx.quantize(Block(rngs()), RECIPE)
     batch = jnp.stack([X, 2 * X])
     assert close(nnx.vmap(lambda m, x: m(x), in_axes=(None, 0))(model, batch), jnp.stack([model(x) for x in batch]))
+
+
+def test_a_function_may_close_over_the_model():
+    """As over any nnx model that does not change in it."""
+    model = qjax.nnx.quantize(Block(rngs()), RECIPE)
+    expected = nnx.jit(lambda model, x: model(x))(model, X)
+    assert same(jax.jit(model.__call__)(X), expected)
+    assert same(jax.lax.map(model.__call__, X[None])[0], expected)
+    assert close(jax.grad(lambda x: model(x).sum())(X), nnx.grad(lambda m, x: m(x).sum(), argnums=1)(model, X))
+    assert qjax.nnx.coverage(model, jax.ShapeDtypeStruct((2, 3, 4), jnp.float32))
+    with pytest.raises(flax.errors.TraceContextError):  # what changes it is refused, as by Flax
+        jax.jit(lambda x: qjax.nnx.quantize(Lifted("plain", rngs()), RECIPE)(x) + changing(x))(X)
+
+
+changing = qjax.nnx.quantize(nnx.Sequential(nnx.Linear(4, 4, rngs=rngs()), nnx.Dropout(0.5, rngs=rngs())), RECIPE)
+
+
+class Growing(nnx.Module):
+    """Its attributes change when it is called."""
+
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 4, rngs=rngs)
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        self.last = nnx.Variable(self.dense(x))
+        return self.last[...], self.dense
+
+
+def test_attributes_may_change_in_a_call():
+    flax = Growing(rngs())
+    model = qjax.nnx.quantize(flax, IDENTITY)
+    for _ in range(2):
+        out, part = model(X)
+        assert same(out, flax(X)[0]) and part is model.dense is flax.dense
+    assert model.calls == 2 and same(state(model), state(flax))
 
 
 class Tied(nnx.Module):
