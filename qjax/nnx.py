@@ -1,7 +1,7 @@
 """Flax nnx: models quantized as they are, and Flax's layers with a recipe.
 
-Variables, their paths and checkpoints are Flax's. The one addition: with a stochastic recipe a module has a stream of
-keys, ``quantize_keys``, whose state is no ``nnx.Param``.
+Variables, their paths and checkpoints are Flax's. Two additions, neither an ``nnx.Param``: with a stochastic recipe a
+module has a stream of keys, ``quantize_keys``; with delayed scaling it has ``quantize_histories`` once it has run.
 """
 
 import contextlib
@@ -20,7 +20,15 @@ from qjax._rules import Checked, Rule, checked
 from qjax._sites import MODULE, current_module
 
 M = TypeVar("M", bound=nnx.Module)
-KEYS = "quantize_keys"
+KEYS, HISTORIES = "quantize_keys", "quantize_histories"
+
+
+class Histories(nnx.Variable):
+    """The state of the sites with delayed scaling, of which the next one is the "gradient" of this one.
+
+    A quantized model has it as ``quantize_histories`` from its first call on. Differentiate with respect to it too, as
+    with ``nnx.DiffState(0, (nnx.Param, qjax.nnx.Histories))``, and put what comes in its place: ``nnx.update``.
+    """
 
 
 def quantize(model: M, rule: Rule, *, strict: bool = True, rngs: nnx.Rngs | None = None) -> M:
@@ -138,10 +146,19 @@ def _lifted(cls: type[nnx.Module], name: str, caller: str, rule_of, strict: bool
         # The keys stay outside: what is drawn from them inside the trace would be undone at its end.
         plain = _as(self, cls)
         vars(plain).pop(KEYS, None)
+        vars(plain).pop(HISTORIES, None)
 
         def call(plain, args, kwargs):
             with _named(plain, root):
                 return original(plain, *args, **kwargs)
+
+        held = getattr(self, HISTORIES, None)
+        known: dict[str, Any] = {} if held is None else held.get_value()
+        missing: dict[str, Any] = {}
+
+        def histories(first):
+            missing.update({path: first[path] for path in first if path not in known})
+            return missing | known
 
         def run(pure, state):
             return _program.run(
@@ -151,6 +168,7 @@ def _lifted(cls: type[nnx.Module], name: str, caller: str, rule_of, strict: bool
                 (state,),
                 {},
                 key=lambda: None if keys is None else keys(),
+                state=histories,
                 ask="rngs=nnx.Rngs(..., quantize=0) when it is made",
                 strict=strict,
                 whole=whole,
@@ -159,6 +177,8 @@ def _lifted(cls: type[nnx.Module], name: str, caller: str, rule_of, strict: bool
 
         out = _functional(call, (plain, args, kwargs), run)
         vars(self).update(vars(plain))
+        if missing:  # set here, for a Variable belongs to the trace that makes it
+            setattr(self, HISTORIES, Histories(missing | known))
         return out
 
     return method
