@@ -7,7 +7,7 @@ from qjax._coverage import Coverage
 from qjax._dot import conv_general_dilated, dot_general
 from qjax._encode import QTensor, decode, encode
 from qjax._hadamard import Hadamard
-from qjax._program import coverage, quantize
+from qjax._program import coverage, einsum, quantize
 from qjax._quantizer import Clipped, Quantizer, StraightThrough, TrustMasked
 from qjax._recipe import Gemm, Recipe
 from qjax._rounding import Rounding
@@ -34,6 +34,7 @@ __all__ = [
     "coverage",
     "decode",
     "dot_general",
+    "einsum",
     "encode",
     "formats",
     "quantize",

@@ -220,14 +220,19 @@ def _product_backward(static: _Static, residuals, gradient):
     given = swapped(_given(key, state, _DRHS, recipe.drhs))
     drhs = _evaluate(to_rhs, recipe.drhs.swapped(), gradient, lhs, given)
     axes = axes_of(jax.make_jaxpr(static.product)(lhs, rhs).jaxpr.eqns[-1])
-    rotation_key = _given(key, None, _FORWARD, forward)["rotate"]
+    given = _given(key, None, _FORWARD, forward)
     results = []
-    for x, slope, save, where in zip((dlhs, drhs), (lhs_slope, rhs_slope), saves, axes, strict=True):
-        # The slope is that of the rotated operand. A straight-through slope commutes with the rotation.
-        turn = forward.rotate if save == "quantized" or slope is not None else None
-        turned = x if save == "quantized" else rotated(x, turn, where, rotation_key)
-        turned = turned if slope is None else turned * slope.astype(x.dtype)
-        results.append(rotated(turned, turn, where, rotation_key, inverse=True))
+    for place, (x, slope, where) in enumerate(zip((dlhs, drhs), (lhs_slope, rhs_slope), axes, strict=True)):
+        # The gradient of an operand is that of the rotated one if it met the other operand rotated. The slope is that
+        # of the rotated operand too, in all its axes; one that is straight-through commutes with the rotations.
+        met_rotated = saves[1 - place] == "quantized"
+        turn = forward.rotate if met_rotated or slope is not None else None
+        turned = x if met_rotated else rotated(x, turn, where, given["rotate"])
+        if slope is not None:
+            name = ("rotate_lhs", "rotate_rhs")[place]
+            free = functools.partial(rotated, rotation=getattr(forward, name), axes=where, key=given[name], free=True)
+            turned = free(free(turned) * slope.astype(x.dtype), inverse=True)
+        results.append(rotated(turned, turn, where, given["rotate"], inverse=True))
     following = recorded and recorded | {"gradient": _recorded(state["gradient"], gradient)}
     return *results, None, following
 

@@ -148,6 +148,9 @@ def _narrow(equation, axes: tuple[Axes, Axes], operands: list[Operand]):
     dtype, total = _dtype(equation, axes, operands)
     x, y = _operand.held(lhs.elements, lhs.fmt, dtype), _operand.held(rhs.elements, rhs.fmt, dtype)
     out = equation.primitive.bind(x, y, **equation.params | {"preferred_element_type": total})
+    if dtype == jnp.bfloat16:
+        # XLA's CPU backend folds a later transposition into the product, and then has no code for it.
+        out = lax.optimization_barrier(out)
     if dtype == np.int8:
         unit = 2.0 ** (_operand.lowest_bit(lhs.fmt) + _operand.lowest_bit(rhs.fmt))
         return out.astype(np.float32) * np.float32(unit)

@@ -5,6 +5,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
+import jax.extend.core
+import jax.numpy as jnp
 from jax import Array
 
 from qjax import _dot, _jaxpr
@@ -57,6 +60,69 @@ def quantize(fn: F, rule: Rule, *, key: Array | None = None, strict: bool = True
         return run("quantize", fn, known, args, kwargs, key=key, strict=strict)
 
     return quantized  # type: ignore[return-value]
+
+
+def einsum(
+    subscripts: str,
+    /,
+    *operands,
+    recipe: Recipe | None,
+    key: Array | None = None,
+    optimize: str | bool | list[tuple[int, ...]] = "auto",
+    precision=None,
+    preferred_element_type=None,
+    out_sharding=None,
+) -> Array:
+    """Returns ``jax.numpy.einsum(subscripts, *operands, ...)`` with its dot products quantized.
+
+    Of two operands the first is the lhs of the recipe, also where ``jax.numpy.einsum`` swaps them. Of more, the lhs of
+    each product is that of lax, which ``qjax.coverage`` shows.
+
+    Args:
+      subscripts, operands, optimize, precision, preferred_element_type, out_sharding: as in ``jax.numpy.einsum``.
+      recipe: a ``Recipe``; an empty one or None is ``jax.numpy.einsum``, bit for bit.
+      key: the PRNG key of a stochastic recipe. Each product draws its own bits.
+
+    Raises:
+      TypeError, ValueError: as ``quantize`` does; if there is no product to quantize.
+
+    >>> import jax.numpy as jnp, qjax
+    >>> int4 = qjax.Quantizer("int4")
+    >>> x = jnp.array([[1.4, 2.6]], jnp.float32)
+    >>> qjax.einsum("ij,kj->ik", x, x, recipe=qjax.Recipe(qjax.Gemm(int4, int4)))
+    Array([[10.]], dtype=float32)
+    """
+    fn = functools.partial(
+        jnp.einsum,
+        subscripts,
+        optimize=optimize,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+    if recipe is None or (isinstance(recipe, Recipe) and recipe.is_empty):
+        return fn(*operands)
+    if isinstance(recipe, Recipe) and len(operands) == 2 and _swaps(fn, operands):
+        recipe = recipe.swapped()
+    return run("einsum", fn, checked("einsum", recipe), operands, {}, key=key, strict=True)
+
+
+def _swaps(fn: Callable, operands: tuple) -> bool:
+    """Returns whether the product that a function of two operands makes has the second one first."""
+    found: list[bool] = []
+
+    def visit(jaxpr, first):
+        of_first = {v for v, mine in zip(jaxpr.invars, first, strict=True) if mine}
+        for eqn in jaxpr.eqns:
+            mine = [v in of_first for v in eqn.invars if not isinstance(v, jax.extend.core.Literal)]
+            if eqn.primitive.name == "dot_general":
+                found.append(not mine[0])
+            for body in (p.jaxpr for p in eqn.params.values() if isinstance(p, jax.extend.core.ClosedJaxpr)):
+                visit(body, mine)
+            of_first |= set(eqn.outvars) if any(mine) else set()
+
+    visit(jax.make_jaxpr(fn)(*operands).jaxpr, (True, False))
+    return found[:1] == [True]
 
 
 def run(

@@ -115,6 +115,7 @@ def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: R
             random=random,
             saturate=True,
             shift=shift,
+            least_shift=_exponent_range(fmt.scale, c)[0],
             spread=blocks.spread,
             dtype=inner.dtype,
         )
