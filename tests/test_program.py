@@ -323,9 +323,6 @@ REFUSALS = {
     "cannot be quantized: its operands are int32, not float": (
         lambda: qjax.quantize(lambda x: x @ x, RECIPE)(jnp.ones((2, 2), jnp.int32))
     ),
-    "quantize: the recipe of '' .* has delayed scaling, whose state a rule cannot hold; call qjax.dot_general": (
-        lambda: qjax.quantize(lax_dot, qjax.recipes.FP8_DELAYED)(X, W)
-    ),
     "coverage: rule must be a Recipe": lambda: qjax.coverage(lax_dot, X, W, rule=3),
 }
 
