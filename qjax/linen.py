@@ -15,13 +15,16 @@ import jax
 from flax import linen as nn
 from flax.core import lift
 from flax.linen import transforms
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from qjax import _program
 from qjax._coverage import Coverage
+from qjax._recipe import Recipe
 from qjax._rules import Checked, Rule, checked
 from qjax._sites import MODULE
 
 M = TypeVar("M", bound=nn.Module)
+STATE = "histories"
 
 
 def quantize(model: M, rule: Rule, *, strict: bool = True) -> M:
@@ -29,7 +32,9 @@ def quantize(model: M, rule: Rule, *, strict: bool = True) -> M:
 
     It is used as the model: every method of it is quantized, called through ``apply`` or from another module.
     ``init`` runs the model as it is, so parameters are the same bit for bit. A stochastic recipe needs
-    ``apply(..., rngs={"quantize": key})``.
+    ``apply(..., rngs={"quantize": key})``. A recipe with delayed scaling has its state in the collection
+    "_overwrite_with_gradient", which ``init`` makes, and whose "gradient" is the next state, as in Flax's own FP8
+    layers: ``flax.training.train_state.TrainState`` puts it there.
 
     Args:
       model: any linen module. It is not changed.
@@ -102,8 +107,12 @@ def _lifted(cls: type[nn.Module], name: str, caller: str, rule_of, strict: bool,
     @functools.wraps(original)
     def method(self, *args, **kwargs):
         rule = rule_of(self)
-        if rule is None or self.scope is None or self.is_initializing():
+        if rule is None or self.scope is None:
             return original(self, *args, **kwargs)
+        if self.is_initializing():
+            out = original(self, *args, **kwargs)
+            if not _has_history(rule):
+                return out
         state = self._state.export()
 
         # As in flax.linen.transforms: the module again, of the class that is not quantized, on the scopes of the trace.
@@ -123,6 +132,10 @@ def _lifted(cls: type[nn.Module], name: str, caller: str, rule_of, strict: bool,
                 inner = scope_fn(variables, rngs)
                 return on_scopes(inner, *args, **kwargs), repack_fn(inner)
 
+            if self.is_initializing():
+                options = {"strict": strict, "whole": whole, "root": "/".join(self.scope.path)}
+                planned = _program.plan_of(caller, pure, rule, (variables, rngs, *args), kwargs, **options)
+                return planned.state, repack_fn(scope_fn(variables, rngs))
             return _program.run(
                 caller,
                 pure,
@@ -130,16 +143,28 @@ def _lifted(cls: type[nn.Module], name: str, caller: str, rule_of, strict: bool,
                 (variables, rngs, *args),
                 kwargs,
                 key=lambda: self.scope.make_rng("quantize") if self.scope.has_rng("quantize") else None,
+                state=lambda first: self.scope.get_variable(OVERWRITE_WITH_GRADIENT, STATE, None),
                 ask='rngs={"quantize": jax.random.key(...)} to apply',
+                ask_state=f"the variables that init of the quantized model makes, with {OVERWRITE_WITH_GRADIENT!r}",
                 strict=strict,
                 whole=whole,
                 root="/".join(self.scope.path),
             )
 
         lifted = lift.pack(pure_and_quantized, (True,), (True,), (True,), name="quantize", enable_kwargs=True)
-        return lifted(scopes, *args, **kwargs)
+        if not self.is_initializing():
+            return lifted(scopes, *args, **kwargs)
+        if first := lifted(scopes, *args, **kwargs):
+            known = self.scope.get_variable(OVERWRITE_WITH_GRADIENT, STATE, {})
+            self.scope.put_variable(OVERWRITE_WITH_GRADIENT, STATE, first | known)
+        return out
 
     return method
+
+
+def _has_history(rule: Checked) -> bool:
+    recipes = [rule] if isinstance(rule, Recipe) else [r for _, r in rule] if isinstance(rule, tuple) else None
+    return recipes is None or any(r is not None and r.history is not None for r in recipes)
 
 
 def _in_scope_of_module(call, args, kwargs, context):

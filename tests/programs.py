@@ -1,5 +1,7 @@
 """What the tests of whole programs share: recipes, and equality of trees bit for bit."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,3 +36,12 @@ def close(a, b) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
         x.dtype == y.dtype and np.allclose(bits(x), bits(y), rtol=1e-4, atol=1e-5) for x, y in leaves
     )
+
+
+# Most of the time of a test is compilation.
+FAST = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
+
+
+def text(f, *args) -> str:
+    """Returns the program of a call: what has the same one computes the same bits."""
+    return re.sub(r" at 0x\w+", "", str(jax.make_jaxpr(f)(*args)))
