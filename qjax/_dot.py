@@ -102,6 +102,9 @@ def conv_general_dilated(
     return _linear("conv_general_dilated", lax.conv_general_dilated, lhs, rhs, options, recipe, key, state)
 
 
+_FLOATS = frozenset(map(np.dtype, (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)))
+
+
 def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | None, key, state):
     if recipe is None:
         recipe = Recipe()
@@ -117,8 +120,17 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
     if recipe.is_empty:
         return operation(lhs, rhs, **options)
     for name, x in (("lhs", lhs), ("rhs", rhs)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{caller}: {name} has dtype {x.dtype}; only float operands can be quantized.")
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise TypeError(f"{caller}: {name} must be an array, got a {type(x).__name__}; use jax.numpy.asarray.")
+        if x.dtype not in _FLOATS:
+            raise TypeError(
+                f"{caller}: {name} has dtype {x.dtype}; only float32, float64, bfloat16 and float16 can be quantized."
+            )
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+            raise TypeError(
+                f"{caller}: {name} is a {x.dtype} NumPy array, which JAX would first round to 32 bits; convert it "
+                "yourself, x.astype(numpy.float32), or set jax_enable_x64."
+            )
     frozen = tuple((name, _frozen(value)) for name, value in options.items())
     static = _Static(operation, frozen, recipe, (lhs.dtype, rhs.dtype))
     if not any(isinstance(x, Tracer) for x in (lhs, rhs)):
@@ -189,12 +201,12 @@ def _product(static: _Static, lhs, rhs, key, state):
 @functools.partial(jax.jit, static_argnums=0)
 def _product_forward(static: _Static, lhs, rhs, key, state):
     recipe, gemm = static.recipe, static.recipe.forward
-    kept: list[Any] = []
+    kept: list[Operand] = []
     given = _given(key, state, _FORWARD, gemm)
     out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, given, kept)
     residuals = []
     for place, (x, save) in enumerate(((lhs, recipe.save_lhs), (rhs, recipe.save_rhs))):
-        operand, slope = kept[place]
+        operand = kept[place]
         if save == "quantized":
             saved = stored(operand)
         elif isinstance(save, Quantizer):
@@ -202,7 +214,7 @@ def _product_forward(static: _Static, lhs, rhs, key, state):
             saved = encode(x, save.fmt, save.rounding, key=number, saturate=save.saturate)
         else:
             saved = x
-        residuals.append((saved, slope))
+        residuals.append((saved, operand.slope))
     recorded = state and {"lhs": _recorded(state["lhs"], lhs), "rhs": _recorded(state["rhs"], rhs)}
     return out, (*residuals, key, state, recorded)
 
@@ -252,7 +264,7 @@ def _evaluate(program, gemm: Gemm, first, second, given: dict, kept: list | None
 
     Args:
       gemm: its lhs is what derives from the first argument.
-      kept: gets the operands of the product and their slopes, if given.
+      kept: gets the operands of the product, with their slopes, if given.
     """
     jaxpr = program.jaxpr
     values, of_first = dict(zip(jaxpr.invars, (first, second), strict=True)), {jaxpr.invars[0]}

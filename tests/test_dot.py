@@ -574,6 +574,56 @@ def test_halo_rounds_what_is_rotated():
         assert not np.allclose(out, q(x) @ q(w))
 
 
+def test_saved_tiles_are_stored_with_their_scales():
+    """With promotion the scales of tiles are apart from the elements: what is saved has them all the same."""
+    q = Q("e4m3_1x8", estimator=HALVED)
+    x, w = normal(4, 24), normal(24, 4, seed=1)
+    accumulator = qjax.Accumulator("fp32", chunk=8, promote=8)
+    recipe = Recipe(Gemm(q, q, accumulator), save_lhs="quantized", save_rhs="quantized")
+    _, (dx, dw), g = gradients(functools.partial(qjax.dot_general, dimension_numbers=MATRIX, recipe=recipe), x, w)
+    xq, wq = qjax.chop(x, "e4m3_1x8"), qjax.chop(w.T, "e4m3_1x8").T
+    half = np.float32(0.5)
+    assert same(dx, lax.dot_general(g, wq, (((1,), (1,)), ((), ()))) * jnp.where(x > 0, half, 0))
+    assert same(dw, lax.dot_general(g, xq, (((0,), (0,)), ((), ()))).T * jnp.where(w > 0, half, 0))
+
+
+@pytest.mark.parametrize("layout", ["vectors", "vector and matrix", "batch of vectors", "attention"])
+def test_tiles_span_no_two_entries_of_a_batch(layout):
+    """A vector has no other axis: its tile has one row."""
+    left, right, numbers = LAYOUTS[layout]
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-40, 41, s).astype(np.float32) * 8 for s in (left, right))
+    x, w = (np.where(np.abs(a) < 320, a, np.float32(448)) for a in (x, w))
+    x[(0,) * x.ndim] = 448 * 4
+    fmt = S(qjax.E4M3, qjax.E8M0, (4, 4))
+    out = qjax.dot_general(jnp.asarray(x), jnp.asarray(w), numbers, recipe=recipe_of(fmt))
+    rows = []
+    for a, contract, batch in zip((x, w), *numbers, strict=True):
+        free = reference.free_axes(a, batch, contract)
+        turned = np.transpose(a, (*batch, *free, *contract))
+        entries = turned.reshape(-1, *turned.shape[len(batch) :]) if free else turned.reshape(-1, 1, turned.shape[-1])
+        rounded = np.stack([reference.rounded(entry, Q(fmt)) for entry in entries])
+        rows.append(rounded.reshape(len(entries), -1, turned.shape[-1]))
+    assert equal(out, reference.as_float32(reference.dot(*rows), *rows).reshape(out.shape))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_one_operand_alone_can_be_quantized_in_any_dtype(dtype):
+    x, w = (jnp.asarray(np.random.default_rng(0).integers(-9, 10, s)).astype(dtype) for s in ((4, 8), (8, 3)))
+    out = qjax.dot_general(x, w, MATRIX, recipe=Recipe(Gemm(rhs=Q("e2m1"))))
+    exact = np.asarray(x).astype(np.float64) @ np.asarray(qjax.chop(w, "e2m1", saturate=True)).astype(np.float64)
+    assert equal(out, exact.astype(np.dtype(dtype)))
+
+
+def test_an_estimator_sees_what_a_bfloat16_operand_was_rounded_to():
+    """13.25 in units of 1 / 8 of int16 is exact, but no bfloat16 after it: rounding moved x by nothing."""
+    x = jnp.full((1, 1), 1.328125, jnp.bfloat16)
+    fmt = qjax.Fixed(16, 7)
+    recipe = Recipe(Gemm(Q(fmt, estimator=qjax.TrustMasked(0.0))))
+    dx = jax.grad(lambda x: qjax.dot_general(x, jnp.ones_like(x), MATRIX, recipe=recipe).sum().astype(jnp.float32))(x)
+    assert dx.item() == 1
+
+
 # Transformations of a whole program.
 
 
