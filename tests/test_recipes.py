@@ -260,6 +260,20 @@ def test_the_history_forgets():
         assert state["lhs"].tolist() == largest
 
 
+@pytest.mark.parametrize("subscripts", ["ij,jk->ik", "ij,jk->ki", "ij,kj->ki", "hij,hjk->hki"])
+def test_the_first_operand_of_einsum_is_the_lhs(subscripts):
+    """Also where jnp.einsum swaps the operands of the product."""
+    first, second = subscripts.split("->")[0].split(",")
+    sizes = dict(h=2, i=3, j=32, k=5)
+    x, w = (jnp.asarray(RNG.normal(size=[sizes[s] for s in part]).astype(np.float32)) for part in (first, second))
+    recipe = recipes.INT4_WEIGHTS
+    wq = q(w, "int4_g128", second.index("j"))
+    y, transpose = jax.vjp(lambda x, w: qjax.einsum(subscripts, x, w, recipe=recipe), x, w)
+    np.testing.assert_allclose(y, np.einsum(subscripts, x, wq), rtol=0, atol=36 * 2.0**-24 * 32 * 16)
+    dx = np.einsum(f"{subscripts.split('->')[1]},{second}->{first}", np.ones(y.shape), wq)
+    np.testing.assert_allclose(transpose(jnp.ones_like(y))[0], dx, rtol=0, atol=9 * 2.0**-24 * 5 * 4)
+
+
 REFUSALS = {
     "halo: level must be 0, 1 or 2, got 3": lambda: recipes.halo(3),
     "quest: bits must be 1 to 8, got 9": lambda: recipes.quest(9),
