@@ -263,8 +263,10 @@ def _accumulated_conv(equation, accumulator: Accumulator, operands: list[Operand
     positions = [x.shape[2 + 2 * i] for i in range(spatial)]
     x = x.reshape(batch_groups, n // batch_groups, groups, features // groups, *x.shape[2:])
     place, window = [4 + 2 * i for i in range(spatial)], [5 + 2 * i for i in range(spatial)]
-    rows = lax.transpose(x, (0, 2, 1, *place, 3, *window)).reshape(count, n // batch_groups * math.prod(positions), -1)
-    kernels = kernel.reshape(count, kernel.shape[0] // count, -1)
+    depth = math.prod(kernel.shape[1:])
+    rows = lax.transpose(x, (0, 2, 1, *place, 3, *window))
+    rows = rows.reshape(count, n // batch_groups * math.prod(positions), depth)
+    kernels = kernel.reshape(count, kernel.shape[0] // count, depth)
     out = accumulate(rows, kernels, accumulator, key=key, fractions=_fractions(operands))
     out = out.reshape(count, n // batch_groups, *positions, kernels.shape[1])
     out = jnp.moveaxis(out, (0, -1), (1, 2)).reshape(n // batch_groups, kernel.shape[0], *positions)
