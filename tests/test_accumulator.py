@@ -371,3 +371,35 @@ def test_transformations_and_layouts(accumulator):
     total = reference.promoted(*turned, accumulator, register) if accumulator.promote else register(*turned)
     back = np.transpose(total.reshape(2, 5, 3, 4), (2, 0, 1, 3))
     assert np.array_equal(eager[2], back)
+
+
+CONVOLUTIONS = {
+    "same": dict(window_strides=(1, 1), padding="SAME"),
+    "strided": dict(window_strides=(2, 3), padding=((1, 2), (0, 1))),
+    "dilated": dict(window_strides=(1, 2), padding=((0, 1), (2, 0)), rhs_dilation=(2, 1), lhs_dilation=(1, 2)),
+    "depthwise": dict(window_strides=(2, 1), padding="SAME", feature_group_count=2),
+    "cropped": dict(window_strides=(1, 1), padding=((-1, 0), (0, -2))),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_are_products_of_patches(name):
+    """Small integers, of which all sums are exact: the result and both gradients are those of lax."""
+    options = CONVOLUTIONS[name]
+    x, w = integers(8, 2, 2, 7, 8) % 8, integers(9, 4, 2 // options.get("feature_group_count", 1), 3, 3) % 8
+    q = Q("int8")
+    recipe = Recipe(*[Gemm(q, q, Accumulator("int32", chunk=2, promote=4))] * 3)
+
+    def results(conv, **more):
+        out, pullback = jax.vjp(lambda x, w: conv(x, w, **options, **more), jnp.asarray(x), jnp.asarray(w))
+        return out, *pullback(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape) % 5)
+
+    ours = results(qjax.conv_general_dilated, recipe=recipe)
+    for mine, theirs in zip(ours, results(jax.lax.conv_general_dilated), strict=True):
+        assert np.array_equal(mine, theirs)
+
+
+def test_an_empty_convolution():
+    recipe = Recipe(Gemm(Q("int8"), Q("int8"), Accumulator("int32")))
+    x, w = jnp.ones((2, 3, 2, 5), jnp.float32), jnp.ones((4, 3, 3, 3), jnp.float32)
+    assert qjax.conv_general_dilated(x, w, (1, 1), "VALID", recipe=recipe).shape == (2, 4, 0, 3)

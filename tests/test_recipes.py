@@ -125,7 +125,7 @@ def mxfp4_hadamard():
 FP8_TENSOR = (Scaled(qjax.E4M3, qjax.FP32, None), None, Scaled(qjax.E5M2, qjax.FP32, None))
 NVFP4_WEIGHT = Scaled(Scaled(qjax.E2M1, qjax.E4M3, (16, 16)), qjax.FP32, None)
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
-SHORT = Scaled(Fixed(15), qjax.E8M0, None)
+WORD, SHORT = (Scaled(Fixed(bits, symmetric=True), qjax.E8M0, None) for bits in (16, 15))
 TILES = ("e4m3_1x128", "e4m3_128x128", "e4m3_1x128")
 CASES = {
     "FP8": (recipes.FP8, lambda: each_afresh("e4m3", g="e5m2")),
@@ -144,10 +144,10 @@ CASES = {
     "INT8": (recipes.INT8, lambda: kept("int8_channel", "int8_channel")),
     "INT4_WEIGHTS": (recipes.INT4_WEIGHTS, lambda: kept(None, "int4_g128")),
     "BF16_OPERANDS": (recipes.BF16_OPERANDS, lambda: each_afresh("bf16")),
-    "dfp16": (recipes.dfp16(32), lambda: each_afresh("dfp16")),
+    "dfp16": (recipes.dfp16(32), lambda: each_afresh(WORD)),
     "dfp16, shifted": (
         recipes.dfp16(shift=True),
-        lambda: [(q(a, SHORT, axis), q(b, "dfp16", axis)) for a, b, axis in ((X, W, 1), (G, W.T, 1), (X.T, G, 1))],
+        lambda: [(q(a, SHORT, axis), q(b, WORD, axis)) for a, b, axis in ((X, W, 1), (G, W.T, 1), (X.T, G, 1))],
     ),
     "halo(0)": (recipes.halo(0), lambda: halo(0)),
     "halo(1)": (recipes.halo(1), lambda: halo(1)),
@@ -157,6 +157,19 @@ CASES = {
     "quartet, stochastic": (recipes.quartet("stochastic"), lambda: quartet(True)),
     "mxfp4_hadamard": (recipes.mxfp4_hadamard(), mxfp4_hadamard),
 }
+
+
+@pytest.mark.parametrize(("chain", "shift", "overflows"), [(2, False, 0), (4, True, 0), (4, False, 4), (8, True, 4)])
+def test_dfp16_overflow(chain, shift, overflows):
+    """Two products of 15 bits fit a register of 31, of either sign, and four with one bit less; no more."""
+    signs = jnp.array([[1.0], [-1.0]], jnp.float32)
+    # -32767.6 is not rounded to -32768, of which two squares would overflow.
+    x = jnp.full((1, 8), -32767.6, jnp.float32)
+    recipe = recipes.dfp16(chain, shift=shift, detect=True)
+    found = qjax.dot_general(signs * x, (signs * x).T, NUMBERS, recipe=recipe)
+    assert jnp.isnan(found).sum() == overflows
+    wrapping = qjax.dot_general(signs * x, (signs * x).T, NUMBERS, recipe=recipes.dfp16(chain, shift=shift))
+    assert bool((jnp.sign(wrapping) == signs * signs.T).all()) == (not overflows)
 
 
 def products(recipe, **more):
