@@ -44,8 +44,8 @@ def dot_general(
       key: the PRNG key of a stochastic recipe. Each operand gets its own.
       state: that of a recipe with delayed scaling (``Recipe.init``).
 
-    Gradient: in reverse mode, the products ``dlhs`` and ``drhs`` of the recipe. Forward mode is refused by JAX. The
-    "gradient" of the state is the next state, for only the backward pass sees the gradient of the result.
+    Gradient: in reverse mode, once, the products ``dlhs`` and ``drhs`` of the recipe. Forward mode is refused by JAX.
+    The "gradient" of the state is the next state, for only the backward pass sees the gradient of the result.
 
     Raises:
       TypeError, ValueError: for a missing key, a key that nothing would use, and as ``chop`` does.
@@ -141,6 +141,8 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
 
 def _frozen(value):
     """Returns an option in which lists are tuples, so that it can be hashed; named tuples stay what they are."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return tuple(map(_frozen, value))
     return value
@@ -219,12 +221,27 @@ def _product_forward(static: _Static, lhs, rhs, key, state):
     return out, (*residuals, key, state, recorded)
 
 
+@jax.custom_jvp
+def _once(x):
+    """Returns an argument of a gradient, which refuses to be differentiated: the derivative of rounding is no 0."""
+    return x
+
+
+@_once.defjvp
+def _once_jvp(primals, tangents):
+    raise NotImplementedError(
+        "dot_general, conv_general_dilated: the gradient of a quantized product cannot be differentiated again; "
+        "take second derivatives with an empty recipe."
+    )
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _product_backward(static: _Static, residuals, gradient):
     (lhs, lhs_slope), (rhs, rhs_slope), key, state, recorded = residuals
     recipe, forward = static.recipe, static.recipe.forward
     saves = (recipe.save_lhs, recipe.save_rhs)
-    lhs, rhs = (_loaded(x, dtype) for x, dtype in zip((lhs, rhs), static.dtypes, strict=True))
+    lhs, rhs = (_once(_loaded(x, dtype)) for x, dtype in zip((lhs, rhs), static.dtypes, strict=True))
+    gradient = _once(gradient)
     to_lhs = jax.make_jaxpr(functools.partial(static.transpose, 0, mine=lhs))(gradient, rhs)
     to_rhs = jax.make_jaxpr(functools.partial(static.transpose, 1, mine=rhs))(gradient, lhs)
     dlhs = _evaluate(to_lhs, recipe.dlhs, gradient, rhs, _given(key, state, _DLHS, recipe.dlhs))

@@ -282,6 +282,15 @@ def test_saved_in_a_format():
     assert all(map(np.array_equal, pullback(jnp.asarray(g)), theirs(jnp.asarray(g))))
 
 
+def test_lists_and_arrays_are_taken():
+    x, w, _, _ = arrays("one dimension")
+    recipe = Recipe(Gemm(Q("int8"), Q("int8")))
+    f = functools.partial(qjax.conv_general_dilated, jnp.asarray(x), jnp.asarray(w), recipe=recipe)
+    out = f((2,), ((1, 1),))
+    for strides, padding in (([2], [[1, 1]]), (np.array([2]), np.array([[1, 1]])), ([np.int64(2)], [(1, 1)])):
+        assert np.array_equal(f(strides, padding), out)
+
+
 def test_vmap_and_keys():
     x, w, g, rest = arrays("groups")
     f = convolution(rest, recipe=Recipe(*[Gemm(Q(BLOCK), Q("int8_tensor"))] * 3))

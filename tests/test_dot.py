@@ -669,6 +669,18 @@ def test_checkpoint_scan_vmap_and_shards():
     assert equal(rows, qjax.dot_general(x, w[0], MATRIX, recipe=recipe))
 
 
+def test_a_second_derivative_is_refused_and_not_zero():
+    x, w = normal(3, 4), normal(4, 2, seed=1)
+
+    def twice(recipe):
+        f = functools.partial(qjax.dot_general, dimension_numbers=MATRIX, recipe=recipe)
+        return jax.grad(lambda x: jax.grad(lambda x: (f(x, w) ** 2).sum())(x).sum())(x)
+
+    assert np.abs(twice(Recipe())).min() > 0
+    with pytest.raises(NotImplementedError, match="the gradient of a quantized product cannot be differentiated again"):
+        twice(recipe_of("e4m3"))
+
+
 @pytest.mark.parametrize("fmt", ["int8_tensor", S(qjax.E2M1, qjax.E8M0, 8)], ids=str)
 def test_shards_give_the_bits_of_one_device(fmt):
     """A per-tensor scale needs the maximum over all devices; sums of few-bit numbers are exact in any order."""
