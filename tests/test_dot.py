@@ -165,7 +165,7 @@ def test_every_format_equals_the_reference(fmt):
 
 @pytest.mark.parametrize(
     ("fmt", "layout"),
-    [(S(qjax.E2M1, qjax.E8M0, 4), layout) for layout in LAYOUTS if layout != "matrix"]
+    [(S(qjax.E2M1, qjax.E8M0, 4), layout) for layout in LAYOUTS if layout not in ("matrix", "batched", "outer")]
     + [("e4m3", layout) for layout in ("transposed", "vectors", "outer", "depth 0", "no rows")]
     + [("int8_channel", "batch inside"), ("int8_channel", "two contracted"), ("int8_tensor", "attention")],
     ids=str,
@@ -223,7 +223,7 @@ def test_scales_along_the_free_axes_multiply_the_exact_sum():
 
 @pytest.mark.parametrize(
     "fmt", ["nf4", S(qjax.NF4, qjax.FP32, 8), "uint4_g32", S(qjax.Fixed(8, signed=False), qjax.E4M3, "axis",
-    zero_point=qjax.Fixed(8, signed=False)), "nvfp4", "takum7", S(qjax.E2M1, qjax.UE5M3, 16)],
+    zero_point=qjax.Fixed(8, signed=False)), "nvfp4", S(qjax.E2M1, qjax.UE5M3, 16)],
     ids=str,
 )  # fmt: skip
 def test_inexact_scales_are_near_the_reference(fmt):
@@ -534,7 +534,6 @@ RANDOM = qjax.Hadamard(8, "random")
     "turns",
     [
         dict(rotate=qjax.Hadamard(8)),
-        dict(rotate=RANDOM),
         dict(rotate_lhs=qjax.Hadamard(8)),
         dict(rotate_rhs=RANDOM),
         dict(rotate=qjax.Hadamard(4), rotate_lhs=RANDOM, rotate_rhs=qjax.Hadamard(8, (1, -1, 1, 1, -1, 1, 1, -1))),
