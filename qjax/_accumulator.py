@@ -160,7 +160,7 @@ def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, fra
         register, _ = lax.scan(add_chunk, start(shape), (x, y, places))
         value = register if isinstance(register, jax.Array) else _read(register, accumulator)
         if scale is not None:
-            value = _apart(value * scale[0][:, :, None] * scale[1][:, None, :])
+            value = _carrier.apart(value * scale[0][:, :, None] * scale[1][:, None, :])
         return total + value, None
 
     places = jnp.arange(segments * segment // chunk).reshape(segments, -1)
@@ -179,7 +179,7 @@ def _float_register(accumulator: Accumulator):
 
     def add(register, x, y, key):
         part = lax.dot_general(x, y, _ROWS, precision=lax.Precision.HIGHEST, preferred_element_type=np.float32)
-        part = _apart(part)
+        part = _carrier.apart(part)
         if fmt == _F32:
             return register + part
         words = None
@@ -190,11 +190,6 @@ def _float_register(accumulator: Accumulator):
         return _rounding.round_to(total, fmt, accumulator.rounding, random=words, saturate=accumulator.saturate)
 
     return (lambda shape: jnp.zeros(shape, jnp.float32)), add
-
-
-def _apart(product):
-    """Returns a float32 product that is not contracted into a sum, which an optimization barrier does not prevent."""
-    return jnp.where(jnp.isnan(product), np.float32(np.nan), product)
 
 
 def _sum_to_odd(a, b):

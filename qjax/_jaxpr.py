@@ -235,27 +235,22 @@ def _remat(params, plans, args, key, state):
 
 
 def _scan(params, plans, args, key, state):
-    consts, carried = params["num_consts"], params["num_carry"]
-    init, xs = args[consts : consts + carried], args[consts + carried :]
+    if "ft_in" in params:  # jax 0.12
+        consts, init, xs = (list(part) for part in params["ft_in"].update(args).unpack())
+    else:
+        start, end = params["num_consts"], params["num_consts"] + params["num_carry"]
+        consts, init, xs = args[:start], args[start:end], args[end:]
     steps = None if key is None else jnp.arange(params["length"], dtype=jnp.uint32)
+    mine = state and {name: state[name] for name in _names(plans["jaxpr"][0]) & set(state)}
 
     def body(carry, x):
         step, state, x = x
         own = None if key is None else jax.random.fold_in(key, step)
-        out = _run(params["jaxpr"], plans["jaxpr"][0], [*args[:consts], *carry, *x], own, state)
-        return out[:carried], out[carried:]
+        out = _run(params["jaxpr"], plans["jaxpr"][0], [*consts, *carry, *x], own, state)
+        return out[: len(init)], out[len(init) :]
 
-    mine = state and {name: state[name] for name in _names(plans["jaxpr"][0]) & set(state)}
-    more = {name: params[name] for name in ("_split_transpose",) if name in params}
-    carry, ys = jax.lax.scan(
-        body,
-        init,
-        (steps, mine, xs),
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
-        **more,
-    )
+    options = {name: params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in params}
+    carry, ys = jax.lax.scan(body, init, (steps, mine, xs), **options)
     return [*carry, *ys]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import _operand
+from qjax import _carrier, _operand
 from qjax._accumulator import Accumulator, accumulate
 from qjax._operand import Axes, Operand
 from qjax._quantizer import Quantizer
@@ -86,7 +86,7 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
         out = _narrow(equation, axes, operands)
     for operand, scale_shape in zip(operands, _scale_shapes(equation, axes, operands), strict=True):
         if operand.scale is not None:
-            out = out * scale_shape(operand.scale)
+            out = _carrier.apart(out * scale_shape(operand.scale))
     dtype = equation.outvars[0].aval.dtype
     out = out.astype(dtype)
     start = len(axes[0].batch)

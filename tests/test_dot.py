@@ -627,6 +627,15 @@ def test_an_estimator_sees_what_a_bfloat16_operand_was_rounded_to():
 # Transformations of a whole program.
 
 
+def test_a_bias_is_added_to_the_rounded_result():
+    """jit must not contract the product with a scale and the sum with a bias, which eager does not."""
+    x, w, bias = normal(16, 32), normal(32, 16, seed=1), normal(16, seed=2)[None]
+    for recipe in (recipe_of("int8_channel"), Recipe(Gemm(rotate_rhs=qjax.Hadamard(8)))):
+        f = functools.partial(qjax.dot_general, dimension_numbers=MATRIX, recipe=recipe)
+        eager = np.asarray(f(x, w)) + np.asarray(bias)
+        assert same(jax.jit(lambda x, w, f=f: f(x, w) + jnp.broadcast_to(bias, (16, 16)))(x, w), eager)
+
+
 def test_checkpoint_scan_vmap_and_shards():
     w = normal(3, 16, 16) / 4
     x = normal(8, 16, seed=1)

@@ -1,0 +1,229 @@
+# %% [markdown]
+# # QuEST against a plain straight-through estimator
+#
+# **Question.** Weights and activations are rounded to 4, 3, 2 or 1 bits in the forward pass, and the gradient passes
+# through the rounding as if it were not there. How much of the loss is the number format's, and how much is the way of
+# using it?
+#
+# **Method.** A small causal transformer learns to predict the characters of Python's own standard library. All recipes
+# have the same grids, of $2^b$ evenly spaced levels around 0 with one scale a row, and run the same seeds, that is the
+# same initial weights and batches. They differ in what QuEST adds to a plain straight-through estimator:
+#
+# 1. *plain*: the scale comes from the largest magnitude of the row, and gradients pass everywhere;
+# 2. *plain, best scale*: the scale is that of least squared error for normal numbers, $\alpha_b$ times their root mean
+#    square; gradients pass everywhere;
+# 3. *QuEST*: before that, a Hadamard transform makes the numbers more normal; and gradients pass only where rounding
+#    moved an element by at most half a step, where they can be trusted.
+#
+# **Source.** Panferov et al. (2025), *QuEST: stable training of LLMs with 1-bit weights and activations*,
+# <https://arxiv.org/abs/2502.05003>. With Llamas of 30 to 800 million parameters QuEST is better at each width, and the
+# gap widens as bits fall.
+
+# %%
+import functools
+import math
+import os
+import platform
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from char_lm import CONTEXT, LanguageModel, corpus, losses, train, windows
+from scipy import stats
+from tqdm import tqdm
+
+import qjax
+import qjax.linen
+from qjax import FP32, Gemm, Quantizer, Recipe, Scaled, midrise, recipes
+
+if "get_ipython" not in globals():
+    matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FAST = os.environ.get("QJAX_FAST") == "1"
+HERE = Path(__file__).parent if "__file__" in globals() else Path()
+FIGURES = Path(tempfile.mkdtemp()) if FAST else HERE / "figures"
+SEEDS = 2 if FAST else 3
+STEPS = 150 if FAST else 400
+BATCH = 8
+RATE = 5e-3
+WIDTHS = (4, 1) if FAST else (4, 3, 2, 1)
+
+# %% [markdown]
+# ## Text and model
+#
+# Every module directly in the standard library's folder; each tenth file is held out whole. The model (`char_lm.py`
+# beside this notebook) has two pre-norm blocks of width 128 with four heads, and reads up to 64 characters. AdamW, a
+# warmup and a cosine decay, the same for all: the paper tunes neither for the width.
+
+# %%
+training_text, held_out_text = corpus()
+print(f"Python {platform.python_version()}: {len(training_text):,} characters to train on, {len(held_out_text):,} held out")
+
+
+def last_start(text):
+    return len(text) - CONTEXT - 1
+
+
+test_windows = windows(held_out_text, np.linspace(0, last_start(held_out_text), 512, dtype=int))
+batches = [
+    windows(training_text, np.random.default_rng(seed).integers(0, last_start(training_text), (STEPS, BATCH)))
+    for seed in range(SEEDS)
+]
+model = LanguageModel(width=128)
+init = jax.jit(model.init)
+initial = [init(jax.random.key(seed), test_windows[:1, :-1])["params"] for seed in range(SEEDS)]
+
+# %% [markdown]
+# ## Recipes
+#
+# They apply to the four linear layers of each block. Embedding, output head, attention scores, norms and the optimiser
+# stay in float32, and weights are kept in float32 and rounded at each use. A row is a token's activations, or the
+# weights of one output. The backward products are not rounded, but have the rounded operands of the forward product, as
+# in the paper.
+
+
+# %%
+def plain(bits, rule):
+    q = Quantizer(Scaled(midrise(bits), FP32, "axis", rule=rule))
+    return Recipe(Gemm(q, q), save_lhs="quantized", save_rhs="quantized")
+
+
+def best_scale(bits):
+    return recipes.quest(bits).forward.lhs.fmt.rule
+
+
+FAMILIES = {
+    "plain": lambda bits: plain(bits, "absmax"),
+    "plain, best scale": lambda bits: plain(bits, best_scale(bits)),
+    "QuEST": recipes.quest,
+}
+if FAST:
+    del FAMILIES["plain, best scale"]
+LINEAR = r"block_\d+/(qkv|out|up|down)"
+
+models = {("float32", 32): model}
+for family, recipe in FAMILIES.items():
+    for bits in WIDTHS:
+        models[family, bits] = qjax.linen.quantize(model, {LINEAR: recipe(bits), ".*": None})
+print(qjax.coverage(models["QuEST", 4].apply, {"params": initial[0]}, batches[0][0, :, :-1]))
+
+# %%
+test = jax.jit(lambda model, params: losses(model, params, test_windows).mean(), static_argnums=0)
+
+
+def train_and_test(model):
+    trained, tested = [], []
+    for seed in range(SEEDS):
+        params, _ = train(model, RATE, initial[seed], batches[seed], jax.random.key(100 + seed))
+        trained.append(params)
+        tested.append(float(test(model, params)))
+    return trained, np.array(tested)
+
+
+with ThreadPoolExecutor(2) as pool:  # One compiles while the other runs.
+    done = tqdm(pool.map(train_and_test, models.values()), total=len(models), desc="training", unit="recipe")
+    results = dict(zip(models, done, strict=True))
+reference = results["float32", 32][1]
+gaps = {run: tested - reference for run, (_, tested) in results.items()}
+
+# %% [markdown]
+# ## Which gradients are not trusted
+#
+# QuEST's mask stops the gradient of an element that rounding moved by more than half a step $T$, which to nearest are
+# those beyond $\alpha_b + T$ root mean squares. Of normal numbers these are $2 \Phi(-(\alpha_b + T))$, with
+# $T = \alpha_b / (2^b - 1)$. (At one bit the authors' code stops it beyond 1.3 scales instead: $2 \Phi(-1.3\,
+# \alpha_1)$.) If the Hadamard transform does its work, weights and activations come close to that.
+#
+# The mask is what the gradient of the quantizer is. The activations are those of the trained network.
+
+
+# %%
+def threshold(bits):
+    clip = best_scale(bits).clip
+    return 1.3 * clip if bits == 1 else clip + clip / (2**bits - 1)
+
+
+def untrusted_share(gemm, x, axis):
+    """Returns the share of the elements of an operand whose gradient the mask stops."""
+    rotated = gemm.rotate(x, axis=axis)
+    mask = jax.grad(lambda x: gemm.lhs(x, axis=axis).sum())(rotated)
+    return float((mask == 0).mean())
+
+
+expected = {bits: 2 * stats.norm.sf(threshold(bits)) for bits in WIDTHS}
+untrusted = {}
+for bits in WIDTHS:
+    gemm, params = recipes.quest(bits).forward, results["QuEST", bits][0][0]
+    apply = jax.jit(functools.partial(models["QuEST", bits].apply, mutable=["inputs"]))
+    _, sown = apply({"params": params}, test_windows[::8, :-1])
+    for block in ("block_0", "block_1"):
+        for layer in ("qkv", "out", "up", "down"):
+            inputs = sown["inputs"][block][f"{layer}_inputs"][0]
+            kernel = params[block][layer]["kernel"]
+            untrusted[bits, block, layer] = untrusted_share(gemm, kernel, 0), untrusted_share(gemm, inputs, -1)
+
+# %% [markdown]
+# ## Result
+#
+# Gaps are differences to float32 with the same seed. Intervals are 95 % Student intervals of the mean over the seeds.
+
+
+# %%
+def interval(samples):
+    half = stats.t.ppf(0.975, len(samples) - 1) * np.std(samples, ddof=1) / math.sqrt(len(samples))
+    return np.mean(samples), half
+
+
+print(f"held-out loss of float32: {reference.mean():.4f}")
+print(f"{'bits':>4}" + "".join(f"{family:>22}" for family in FAMILIES) + "   (gap to float32)")
+for bits in WIDTHS:
+    cells = ("{:+.4f} ± {:.4f}".format(*interval(gaps[family, bits])) for family in FAMILIES)
+    print(f"{bits:4}" + "".join(f"{cell:>22}" for cell in cells))
+
+print("\nuntrusted share in QuEST, %, weights / activations")
+print(f"{'layer':14}" + "".join(f"{f'{bits} bits':>15}" for bits in WIDTHS))
+for block, layer in dict.fromkeys((block, layer) for _, block, layer in untrusted):
+    shares = ("{:.2f} / {:.2f}".format(*(100 * x for x in untrusted[bits, block, layer])) for bits in WIDTHS)
+    print(f"{block + '/' + layer:14}" + "".join(f"{share:>15}" for share in shares))
+print(f"{'normal numbers':14}" + "".join(f"{100 * expected[bits]:15.2f}" for bits in WIDTHS))
+
+# %%
+STYLES = {"plain": ("#d55e00", "s"), "plain, best scale": ("#cc79a7", "^"), "QuEST": ("#0072b2", "o")}
+GREY = "0.35"
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+for family in FAMILIES:
+    color, marker = STYLES[family]
+    means, halves = np.transpose([interval(gaps[family, bits]) for bits in WIDTHS])
+    lower = np.minimum(halves, 0.9 * means)  # A logarithmic axis has no room for more.
+    left.errorbar(WIDTHS, means, (lower, halves), color=color, marker=marker, ms=6, lw=1.6, capsize=3, elinewidth=1)
+    left.annotate(family, (WIDTHS[-1], means[-1]), (9, 0), textcoords="offset points", color=color, va="center")
+left.set(xlabel="bits of weights and activations", ylabel="held-out loss minus that of float32 (nats)", yscale="log")
+left.set(title="(a) The price of few bits", xlim=(4.2, 0.0))
+left.set_yticks(ticks := (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), map(str, ticks))
+
+for which, (operand, face) in enumerate((("weights", "#0072b2"), ("activations", "white"))):
+    for bits in WIDTHS:
+        shares = [100 * share[which] for (b, _, _), share in untrusted.items() if b == bits]
+        places = np.full(len(shares), bits) + (0.09 if which == 0 else -0.09)
+        label = f"{operand}, each layer" if bits == WIDTHS[0] else None
+        right.plot(places, shares, "o", mec="#0072b2", mfc=face, ms=5, ls="none", label=label)
+for bits in WIDTHS:
+    label = "normal numbers" if bits == WIDTHS[0] else None
+    right.plot([bits + 0.3, bits - 0.3], [100 * expected[bits]] * 2, color=GREY, lw=1.6, zorder=0, label=label)
+right.set(xlabel="bits of weights and activations", ylabel="gradients that QuEST does not trust (%)", yscale="log")
+right.set(title="(b) How many elements lie outside the grid", xlim=(4.5, 0.5))
+right.set_yticks(ticks := (0.5, 1, 2, 5, 10, 20, 50), map(str, ticks))
+right.legend(frameon=False, loc="upper left")
+for axes in (left, right):
+    axes.set_xticks(WIDTHS)
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+path = FIGURES / "05_quest.png"
+path.parent.mkdir(exist_ok=True)
+figure.savefig(path, dpi=150)
