@@ -1,14 +1,13 @@
 """The slow, obvious reference of products: loops over the equations, in float64 where that is exact.
 
-It shares no code with the products of qjax. Operands come rounded (``rounded`` does so by ``qjax.chop``, which has an
-oracle of its own); what is here is which numbers are multiplied, along which axis blocks lie, and how sums are rounded.
-Products of two float32 numbers are exact in float64, and ``math.fsum`` is exact but for its last step.
+It shares no code with qjax: the oracle of chop rounds operands and registers. What is here is which numbers are
+multiplied, along which axis blocks lie, and when sums are rounded. Products of two float32 numbers are exact in
+float64, and ``math.fsum`` is exact but for its last step.
 """
 
 import math
 from fractions import Fraction
 
-import jax.numpy as jnp
 import numpy as np
 import oracle
 
@@ -66,20 +65,12 @@ def lowest_bit(x: np.ndarray) -> float:
 
 
 def rounded(x: np.ndarray, quantizer: qjax.Quantizer | None, axis: int = -1) -> np.ndarray:
-    """Returns an operand rounded in float32, blocks along an axis."""
+    """Returns an operand rounded in float32, blocks along an axis, by the oracle of chop."""
+    x = x.astype(np.float32)
     if quantizer is None:
-        return x.astype(np.float32)
-    fmt = quantizer.fmt
-    tiled = isinstance(fmt, qjax.Scaled) and isinstance(fmt.block, tuple)
-    assert axis in (-1, x.ndim - 1) or not tiled
-    value = qjax.chop(
-        jnp.asarray(x.astype(np.float32)),
-        fmt,
-        quantizer.rounding,
-        axis=-1 if tiled else axis,
-        saturate=quantizer.saturate,
-    )
-    return np.asarray(value)
+        return x
+    assert quantizer.saturate
+    return oracle.round_scaled(x, quantizer.fmt, quantizer.rounding, F32, axis=axis)
 
 
 def product(x: np.ndarray, y: np.ndarray, gemm: qjax.Gemm) -> np.ndarray:

@@ -34,8 +34,9 @@ def few_bits(seed: int, *shape: int, high: int = 32, power: int = 0) -> np.ndarr
 REGISTERS = ["fp16", "bf16", "e5m2", "dlfloat16", qjax.Float(8, 13), qjax.Float(8, 21), "e4m3", "e5m10_nosub"]
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 16])
-@pytest.mark.parametrize("fmt", REGISTERS, ids=str)
+@pytest.mark.parametrize(
+    ("fmt", "chunk"), [*((fmt, 1) for fmt in REGISTERS), ("fp16", 2), ("e5m2", 16), (qjax.Float(8, 13), 16)], ids=str
+)
 def test_float_registers(fmt, chunk):
     """The last chunk is partial: 21 products."""
     x, w = few_bits(0, 1, 3, 21, high=8, power=1), few_bits(1, 1, 2, 21, high=8, power=1)
@@ -56,10 +57,9 @@ def test_products_are_rounded_before_they_are_added(fmt):
 
 
 @pytest.mark.parametrize("rounding", oracle.DETERMINISTIC, ids=lambda r: r.value)
-@pytest.mark.parametrize("fmt", ["fp16", "e5m2"])
-def test_every_mode(fmt, rounding):
+def test_every_mode(rounding):
     x, w = few_bits(2, 2, 3, 12, power=3), few_bits(3, 2, 3, 12, power=3)
-    accumulator = Accumulator(fmt, rounding, chunk=3, saturate=rounding is R.TO_ODD)
+    accumulator = Accumulator("e5m4", rounding, chunk=3, saturate=rounding is R.TO_ODD)
     assert np.array_equal(run(x, w, accumulator), reference.float_register(x, w, accumulator))
 
 
@@ -96,7 +96,7 @@ def test_a_register_rounds_the_exact_sum_once(sign):
         assert run(x, w, Accumulator("fp16", mode))[0, 0, 0] == sign * expected
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_exact_sums_of_far_apart_numbers(seed):
     """Float32 parts of 24 bits up to 20 binades below the register: most sums need 30 bits and more."""
     rng = np.random.default_rng(seed)
@@ -161,7 +161,7 @@ def test_empty_and_short_contractions():
 # Promotion.
 
 
-@pytest.mark.parametrize("depth", [32, 40, 7])
+@pytest.mark.parametrize("depth", [40, 7])
 def test_promotion(depth):
     x, w = few_bits(6, 1, 3, depth, power=2), few_bits(7, 1, 4, depth, power=2)
     accumulator = Accumulator("e5m3", "toward_zero", chunk=4, promote=8)
@@ -192,9 +192,15 @@ def test_promotion_recovers_what_a_tensor_core_loses():
 
 
 @pytest.mark.parametrize(
-    "left", ["e4m3_1x8", "e4m3_16x16", "e4m3_channel", qjax.Scaled(qjax.E4M3, qjax.E8M0, 4)], ids=str
+    ("left", "right"),
+    [
+        ("e4m3_1x8", "e4m3_8x8"),
+        ("e4m3_16x16", "e4m3_1x8"),
+        ("e4m3_channel", "e4m3_1x16"),
+        (qjax.Scaled(qjax.E4M3, qjax.E8M0, 4), "e4m3_8x8"),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("right", ["e4m3_8x8", "e4m3_1x16"])
 def test_block_scales_multiply_what_is_promoted(left, right):
     """y[m, n] = sum_g sx[m, g] sw[n, g] (sum over k in g of X W): with segments of 8, the last one partial.
 

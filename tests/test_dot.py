@@ -111,11 +111,10 @@ def whole(rng, shape, largest: float, block: int, step: int = 1) -> np.ndarray:
 S = qjax.Scaled
 # format: (largest magnitude of the elements, length of the blocks, step of the numbers)
 FORMATS = {
-    "e4m3": (40, 99), "e5m2": (40, 99), "e2m1": (6, 99), "int8": (127, 99), "int4": (7, 99), "q6.2": (31, 99),
-    "bf16": (301, 99), "e6m5": (67, 99), "ternary": (3, 99), "pow2_4": (2, 99), "posit8": (40, 99),
-    "int8_tensor": (127, 99), "int8_channel": (127, 99), "e4m3_tensor": (448, 99, 16), "dfp8": (127, 99),
+    "e4m3": (40, 99), "e2m1": (6, 99), "int8": (127, 99), "q6.2": (31, 99), "bf16": (301, 99), "e6m5": (67, 99),
+    "ternary": (3, 99), "posit8": (40, 99),
+    "int8_tensor": (127, 99), "int8_channel": (127, 99), "dfp8": (127, 99), "mxfp4": (6, 32),
     S(qjax.Fixed(4, symmetric=True), qjax.FP32, 4): (7, 4), S(qjax.E2M1, qjax.E8M0, 4): (6, 4),
-    "mxfp4": (6, 32), "mxfp8_e4m3": (40, 32), "mxint8": (100, 32),
     S(qjax.E4M3, qjax.FP32, (1, 4)): (448, 2, 16), S(qjax.E4M3, qjax.FP32, (4, 4)): (448, 2, 16),
     "e4m3_1x128": (448, 99, 16), "e4m3_128x128": (448, 99, 16),
     S(S(qjax.E2M1, qjax.E4M3, 4), qjax.FP32, None): (2688, 4, 16),
@@ -166,8 +165,9 @@ def test_every_format_equals_the_reference(fmt):
 
 @pytest.mark.parametrize(
     ("fmt", "layout"),
-    [(fmt, layout) for fmt in ("e4m3", S(qjax.E2M1, qjax.E8M0, 4)) for layout in LAYOUTS if layout != "matrix"]
-    + [(fmt, layout) for fmt in ("int8_channel", "int8_tensor") for layout in ("batch inside", "two contracted")],
+    [(S(qjax.E2M1, qjax.E8M0, 4), layout) for layout in LAYOUTS if layout != "matrix"]
+    + [("e4m3", layout) for layout in ("transposed", "vectors", "outer", "depth 0", "no rows")]
+    + [("int8_channel", "batch inside"), ("int8_channel", "two contracted"), ("int8_tensor", "attention")],
     ids=str,
 )
 def test_every_layout_equals_the_reference(fmt, layout):
@@ -183,16 +183,22 @@ def test_the_result_can_be_transposed_under_jit():
 
 
 @pytest.mark.parametrize("mode", ["jit", "vmap"])
-@pytest.mark.parametrize("fmt", ["int8_tensor", S(qjax.E2M1, qjax.E8M0, 4), S(qjax.E4M3, qjax.FP32, (4, 4))], ids=str)
+@pytest.mark.parametrize("fmt", ["int8_tensor", S(qjax.E4M3, qjax.FP32, (4, 4))], ids=str)
 def test_transformations_equal_the_reference(fmt, mode):
     check(fmt, "batched", mode)
 
 
 def gradients(f, *args, seed: int = 9):
     """Returns (value, gradients for a random cotangent, the cotangent)."""
-    out, pullback = jax.vjp(f, *args)
+    out = jax.eval_shape(f, *args)
     g = jnp.asarray(np.random.default_rng(seed).normal(size=out.shape).astype(np.float32)).astype(out.dtype)
-    return out, pullback(g), g
+
+    @jax.jit
+    def run(g, *args):
+        out, pullback = jax.vjp(f, *args)
+        return out, pullback(g)
+
+    return *run(g, *args), g
 
 
 def normal(*shape, seed: int = 0, dtype="float32"):
@@ -217,8 +223,7 @@ def test_scales_along_the_free_axes_multiply_the_exact_sum():
 
 @pytest.mark.parametrize(
     "fmt", ["nf4", S(qjax.NF4, qjax.FP32, 8), "uint4_g32", S(qjax.Fixed(8, signed=False), qjax.E4M3, "axis",
-    zero_point=qjax.Fixed(8, signed=False)), "nvfp4", "takum7", S(qjax.E2M1, qjax.UE5M3, 16),
-    S(qjax.E2M1, qjax.E8M0, 16, rule="mse")],
+    zero_point=qjax.Fixed(8, signed=False)), "nvfp4", "takum7", S(qjax.E2M1, qjax.UE5M3, 16)],
     ids=str,
 )  # fmt: skip
 def test_inexact_scales_are_near_the_reference(fmt):
@@ -405,7 +410,7 @@ def test_estimators_of_a_quantizer():
     x = jnp.array([-9.0, -8.2, -7.5, -0.3, 0.0, 0.5, 7.2, 7.5, 7.7, 20.0], jnp.float32)
 
     def slope(fmt, estimator):
-        return jax.grad(lambda x: Q(fmt, estimator=estimator)(x).sum())(x).tolist()
+        return jax.jit(jax.grad(lambda x: Q(fmt, estimator=estimator)(x).sum()))(x).tolist()
 
     assert slope("int4", qjax.StraightThrough()) == [1] * 10
     assert slope("int4", qjax.Clipped()) == [0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
@@ -427,7 +432,7 @@ def test_estimators_of_a_quantizer():
 def test_a_gradient_in_forward_mode_and_a_random_draw(fmt):
     x = normal(3, 8) * 4
     q = Q(fmt, "stochastic", estimator=HALVED)
-    value, dot = jax.jvp(lambda x: q(x, key=KEY), (x,), (jnp.full_like(x, 3),))
+    value, dot = jax.jit(lambda x: jax.jvp(lambda x: q(x, key=KEY), (x,), (jnp.full_like(x, 3),)))(x)
     assert same(value, qjax.chop(x, fmt, "stochastic", key=KEY, saturate=True))
     assert equal(dot, np.where(np.asarray(x) > 0, np.float32(1.5), np.float32(0)))
 
@@ -436,11 +441,11 @@ def test_the_range_of_a_block_follows_its_scale():
     """A given scale of 1/2: the range of int4 is -4 to 3.5 and the spacing 1/2, in units of each block."""
     x = jnp.array([[3.4, 3.6, -3.9, -4.1], [6.8, 7.2, -7.8, -8.2]], jnp.float32)
     fmt, scale = S(qjax.Fixed(4), qjax.FP32, 4), jnp.array([[0.5], [1.0]], jnp.float32)
-    slope = jax.grad(lambda x: Q(fmt, estimator=qjax.Clipped())(x, scale=scale).sum())(x)
+    slope = jax.jit(jax.grad(lambda x: Q(fmt, estimator=qjax.Clipped())(x, scale=scale).sum()))(x)
     assert equal(slope, np.array([[1, 0, 1, 0], [1, 0, 1, 0]], np.float32))
     # Two levels: 2 times 0.5, and E4M3 scales within.
     two = S(S(qjax.Fixed(4), qjax.E4M3, 4), qjax.FP32, None)
-    slope = jax.grad(lambda x: Q(two, estimator=qjax.Clipped())(x, scale=jnp.float32(2.0**-9)).sum())(x)
+    slope = jax.jit(jax.grad(lambda x: Q(two, estimator=qjax.Clipped())(x, scale=jnp.float32(2.0**-9)).sum()))(x)
     assert np.asarray(slope).min() == 0 and np.asarray(slope).max() == 1
 
 
@@ -481,7 +486,7 @@ def test_quantized_residuals_have_the_gradient_of_quest(estimator, rotate):
         # The same integers and scales, but for the order of scale and sum, and of the sums of H:
         # (k + 4) 2^-24 of the sum of magnitudes, here below 2^9 for each of k = 16, and 3 levels of H.
         assert np.abs(np.asarray(ours) - np.asarray(other)).max() <= 23 * 2.0**-24 * 2**9
-    masked = jax.grad(lambda x: q(x).sum())(x if rotate is None else rotate(x, key=signs))
+    masked = jax.jit(jax.grad(lambda x: q(x).sum()))(x if rotate is None else rotate(x, key=signs))
     assert (masked.min() < masked.max()) == (not isinstance(estimator, qjax.StraightThrough))
 
 
@@ -577,14 +582,17 @@ def test_halo_rounds_what_is_rotated():
 def test_saved_tiles_are_stored_with_their_scales():
     """With promotion the scales of tiles are apart from the elements: what is saved has them all the same."""
     q = Q("e4m3_1x8", estimator=HALVED)
-    x, w = normal(4, 24), normal(24, 4, seed=1)
+    rng = np.random.default_rng(0)
+    x, w, g = (whole(rng, shape, 448, 8, 16) for shape in ((4, 24), (24, 4), (4, 4)))
     accumulator = qjax.Accumulator("fp32", chunk=8, promote=8)
     recipe = Recipe(Gemm(q, q, accumulator), save_lhs="quantized", save_rhs="quantized")
-    _, (dx, dw), g = gradients(functools.partial(qjax.dot_general, dimension_numbers=MATRIX, recipe=recipe), x, w)
-    xq, wq = qjax.chop(x, "e4m3_1x8"), qjax.chop(w.T, "e4m3_1x8").T
-    half = np.float32(0.5)
-    assert same(dx, lax.dot_general(g, wq, (((1,), (1,)), ((), ()))) * jnp.where(x > 0, half, 0))
-    assert same(dw, lax.dot_general(g, xq, (((0,), (0,)), ((), ()))).T * jnp.where(w > 0, half, 0))
+    f = functools.partial(qjax.dot_general, dimension_numbers=MATRIX, recipe=recipe)
+    _, pullback = jax.vjp(f, jnp.asarray(x), jnp.asarray(w))
+    dx, dw = pullback(jnp.asarray(g))
+    xq, wq = reference.rounded(x, q), reference.rounded(w.T, q).T
+    # All sums are exact: multiples of 2^4 up to 2^10.
+    assert equal(dx, g @ wq.T * np.where(x > 0, np.float32(0.5), np.float32(0)))
+    assert equal(dw, xq.T @ g * np.where(w > 0, np.float32(0.5), np.float32(0)))
 
 
 @pytest.mark.parametrize("layout", ["vectors", "vector and matrix", "batch of vectors", "attention"])
