@@ -210,8 +210,11 @@ def accumulated(fmt: Format | str, chunk: int = 1, operands: Format | str | None
     return uniform(operands or fmt, accumulator=Accumulator(fmt, chunk=chunk))
 
 
-BF16_ACCUMULATE, FP16_ACCUMULATE = accumulated(BF16, 64), accumulated(FP16, 64)
-"""All operands and the accumulator in bfloat16, and in fp16, 64 products at a time. Source: that of ``accumulated``."""
+BF16_ACCUMULATE = accumulated(BF16, 64)
+"""All operands and the accumulator in bfloat16, 64 products at a time. Source: that of ``accumulated``."""
+
+FP16_ACCUMULATE = accumulated(FP16, 64)
+"""All operands and the accumulator in fp16, 64 products at a time. Source: that of ``accumulated``."""
 
 
 def dfp16(chain: int | None = 64, *, shift: bool = False, detect: bool = False) -> Recipe:
