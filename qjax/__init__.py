@@ -7,7 +7,7 @@ from qjax._coverage import Coverage
 from qjax._dot import conv_general_dilated, dot_general
 from qjax._encode import QTensor, decode, encode
 from qjax._hadamard import Hadamard
-from qjax._program import coverage, quantize
+from qjax._program import coverage, einsum, quantize, quantize_state
 from qjax._quantizer import Clipped, Quantizer, StraightThrough, TrustMasked
 from qjax._recipe import Gemm, Recipe
 from qjax._rounding import Rounding
@@ -34,9 +34,11 @@ __all__ = [
     "coverage",
     "decode",
     "dot_general",
+    "einsum",
     "encode",
     "formats",
     "quantize",
+    "quantize_state",
     "recipes",
 ]
 __all__ += formats.__all__

@@ -27,16 +27,17 @@ class Accumulator:
 
     Args:
       fmt: the format of the register, a ``Float`` or a ``Fixed`` (that wraps or saturates as it says), or its name.
-      rounding: a ``Rounding`` or its name.
+      rounding: a ``Rounding`` or its name, of a ``Float`` register.
       chunk: how many products are summed before the register rounds; 1 is multiply-accumulate by multiply-accumulate.
       promote: after how many products, a multiple of chunk, the register is added to the float32 total; None: never.
       saturate: whether overflow of a ``Float`` register gives its largest value.
       detect: whether a ``Fixed`` register answers NaN where it overflowed, instead of wrapping or saturating.
 
     The sum of a chunk is that of a float32 dot (exact if the products are and their sum has at most 24 bits), its
-    addition to the register is exact before it rounds: once, in a ``Float`` of up to 21 mantissa bits. Float32 itself,
-    to nearest, is the carrier's addition. A ``Fixed`` register sums the integers of ``Fixed`` elements, exactly, and
-    has the sum of their fraction bits; where it saturates or detects, the sum of a chunk must fit 32 bits.
+    addition to the register is exact before it rounds: once, in a ``Float`` of m <= 21 mantissa bits (in stochastic
+    modes the probability of going up is right to 2^(m - 23)). Float32 itself, to nearest, is the carrier's addition.
+    Subnormals of float32 count as zero, and its largest number bounds every register. A ``Fixed`` register sums the
+    integers of ``Fixed`` elements, exactly, and has the sum of their fraction bits.
 
     Raises:
       TypeError, ValueError: if an argument is none of these.
@@ -77,8 +78,14 @@ class Accumulator:
                 f"Accumulator: {fmt!r} with rounding {rounding.value!r} cannot be rounded once on float32; "
                 "take at most 21 mantissa bits, or fp32 with 'nearest_even'."
             )
-        if isinstance(fmt, Fixed) and fmt.bits > 32:
-            raise ValueError(f"Accumulator: a Fixed register has at most 32 bits, got {fmt!r}.")
+        if isinstance(fmt, Fixed):
+            if fmt.bits > 31 + fmt.signed:
+                raise ValueError(f"Accumulator: a Fixed register has at most 32 bits, or 31 unsigned, got {fmt!r}.")
+            if rounding is not Rounding.NEAREST_EVEN or saturate:
+                raise ValueError(
+                    f"Accumulator: {fmt!r} sums integers exactly; leave rounding and saturate out, and give the format "
+                    "overflow='wrap' or 'saturate'."
+                )
         if chunk < 1 or (promote is not None and (promote < chunk or promote % chunk)):
             raise ValueError(
                 "Accumulator: chunk must be positive and promote a multiple of it, "
@@ -97,14 +104,14 @@ class Accumulator:
             object.__setattr__(self, name, value)
 
     @property
-    def is_watched(self) -> bool:
-        """Whether the order of the sums matters: all but a ``Fixed`` register that just wraps."""
-        return isinstance(self.fmt, Float) or self.detect or self.fmt.overflow == "saturate"
-
-    @property
     def is_stochastic(self) -> bool:
         """Whether it needs a key."""
         return self.rounding.is_stochastic
+
+    @property
+    def watches(self) -> bool:
+        """Whether it is a ``Fixed`` register that looks for overflow, to saturate or to detect it."""
+        return isinstance(self.fmt, Fixed) and (self.detect or self.fmt.overflow == "saturate")
 
 
 _F32 = Float(8, 23)
@@ -121,7 +128,7 @@ def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, fra
     """
     depth, chunk = lhs.shape[-1], accumulator.chunk
     segment = accumulator.promote or max(-(-depth // chunk) * chunk, chunk)
-    if isinstance(accumulator.fmt, Fixed) and not accumulator.is_watched:
+    if isinstance(accumulator.fmt, Fixed) and not accumulator.watches:
         chunk = segment  # sums modulo 2^32 do not depend on their order
     segments = max(-(-depth // segment), 1)
     padding = [(0, 0), (0, 0), (0, segments * segment - depth)]
@@ -148,7 +155,7 @@ def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, fra
         register, _ = lax.scan(add_chunk, start(shape), (x, y, places))
         value = register if isinstance(register, jax.Array) else _read(register, accumulator)
         if scale is not None:
-            value = value * scale[0][:, :, None] * scale[1][:, None, :]
+            value = _carrier.apart(value * scale[0][:, :, None] * scale[1][:, None, :])
         return total + value, None
 
     places = jnp.arange(segments * segment // chunk).reshape(segments, -1)
@@ -167,6 +174,7 @@ def _float_register(accumulator: Accumulator):
 
     def add(register, x, y, key):
         part = lax.dot_general(x, y, _ROWS, precision=lax.Precision.HIGHEST, preferred_element_type=np.float32)
+        part = _carrier.apart(part)
         if fmt == _F32:
             return register + part
         words = None
@@ -181,8 +189,6 @@ def _float_register(accumulator: Accumulator):
 
 def _sum_to_odd(a, b):
     """Returns a + b rounded to odd, of which any shorter rounding is that of the exact sum."""
-    # The barrier keeps a product in b from being contracted into the sum, of which the error is then another.
-    b = lax.optimization_barrier(b)
     total = a + b
     part = total - a
     error = (a - (total - part)) + (b - part)
@@ -205,11 +211,11 @@ def _integer_register(accumulator: Accumulator):
         value, overflowed = register
         part = lax.dot_general(x, y, _ROWS, preferred_element_type=np.int32)
         total = value + part
-        if not accumulator.is_watched:
+        if not accumulator.watches:
             return total, overflowed
         # Two summands of one sign whose sum has the other: 32 bits overflowed.
         beyond = ((value ^ total) & (part ^ total)) < 0
-        low, high = np.int32(max(fmt.min_integer, -(2**31))), np.int32(min(fmt.max_integer, 2**31 - 1))
+        low, high = np.int32(fmt.min_integer), np.int32(fmt.max_integer)
         over = beyond | (total < low) | (total > high)
         clipped = jnp.where(jnp.where(beyond, value, total) < 0, low, high)
         return jnp.where(over, clipped, total), overflowed | over

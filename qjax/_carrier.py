@@ -74,6 +74,11 @@ def flush(x):
     return from_bits(jnp.where(normal, bits, bits & c.uint(c.sign)), c)
 
 
+def apart(product):
+    """Returns a product that XLA does not contract into a later sum; an optimization barrier does not prevent it."""
+    return jnp.where(jnp.isnan(product), product.dtype.type(np.nan), product)
+
+
 def exponent(magnitude, c: Carrier):
     """Returns ``floor(log2)`` of the value of positive magnitude bits, subnormals included; far below them for 0."""
     field = (magnitude >> c.mantissa_bits).astype(c.int)

@@ -39,7 +39,7 @@ class Coverage(tuple[Site, ...]):
 
 
 def _row(site: Site) -> tuple[str, ...]:
-    shapes = f"{site.lhs.dtype}{list(site.lhs.shape)} x {site.rhs.dtype}{list(site.rhs.shape)}"
+    shapes = f"{_array_text(site.lhs)} x {_array_text(site.rhs)}"
     if site.times > 1:
         shapes += f", {site.times} times"
     recipe = site.recipe or Recipe()
@@ -49,10 +49,14 @@ def _row(site: Site) -> tuple[str, ...]:
     return (site.path, site.operation, shapes, *map(_gemm_text, gemms), accumulator)
 
 
+def _array_text(x) -> str:
+    return f"{x.dtype}".replace("float", "f") + f"[{','.join(map(str, x.shape))}]"
+
+
 def _gemm_text(gemm: Gemm) -> str:
-    if gemm.is_empty:
-        return "-"
     rotated = any((gemm.rotate, gemm.rotate_lhs, gemm.rotate_rhs))
+    if gemm.lhs is None and gemm.rhs is None and not rotated:
+        return "-"
     return f"{_quantizer_text(gemm.lhs)} x {_quantizer_text(gemm.rhs)}" + (", rotated" if rotated else "")
 
 

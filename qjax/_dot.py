@@ -44,8 +44,8 @@ def dot_general(
       key: the PRNG key of a stochastic recipe. Each operand gets its own.
       state: that of a recipe with delayed scaling (``Recipe.init``).
 
-    Gradient: in reverse mode, the products ``dlhs`` and ``drhs`` of the recipe. Forward mode is refused by JAX. The
-    "gradient" of the state is the next state, for only the backward pass sees the gradient of the result.
+    Gradient: in reverse mode, once, the products ``dlhs`` and ``drhs`` of the recipe. Forward mode is refused by JAX.
+    The "gradient" of the state is the next state, for only the backward pass sees the gradient of the result.
 
     Raises:
       TypeError, ValueError: for a missing key, a key that nothing would use, and as ``chop`` does.
@@ -102,6 +102,9 @@ def conv_general_dilated(
     return _linear("conv_general_dilated", lax.conv_general_dilated, lhs, rhs, options, recipe, key, state)
 
 
+_FLOATS = frozenset(map(np.dtype, (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)))
+
+
 def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | None, key, state):
     if recipe is None:
         recipe = Recipe()
@@ -117,8 +120,17 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
     if recipe.is_empty:
         return operation(lhs, rhs, **options)
     for name, x in (("lhs", lhs), ("rhs", rhs)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{caller}: {name} has dtype {x.dtype}; only float operands can be quantized.")
+        if not isinstance(x, jax.Array | np.ndarray):
+            raise TypeError(f"{caller}: {name} must be an array, got a {type(x).__name__}; use jax.numpy.asarray.")
+        if x.dtype not in _FLOATS:
+            raise TypeError(
+                f"{caller}: {name} has dtype {x.dtype}; only float32, float64, bfloat16 and float16 can be quantized."
+            )
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+            raise TypeError(
+                f"{caller}: {name} is a {x.dtype} NumPy array, which JAX would first round to 32 bits; convert it "
+                "yourself, x.astype(numpy.float32), or set jax_enable_x64."
+            )
     frozen = tuple((name, _frozen(value)) for name, value in options.items())
     static = _Static(operation, frozen, recipe, (lhs.dtype, rhs.dtype))
     if not any(isinstance(x, Tracer) for x in (lhs, rhs)):
@@ -129,6 +141,8 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
 
 def _frozen(value):
     """Returns an option in which lists are tuples, so that it can be hashed; named tuples stay what they are."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         return tuple(map(_frozen, value))
     return value
@@ -189,12 +203,12 @@ def _product(static: _Static, lhs, rhs, key, state):
 @functools.partial(jax.jit, static_argnums=0)
 def _product_forward(static: _Static, lhs, rhs, key, state):
     recipe, gemm = static.recipe, static.recipe.forward
-    kept: list[Any] = []
+    kept: list[Operand] = []
     given = _given(key, state, _FORWARD, gemm)
     out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, given, kept)
     residuals = []
     for place, (x, save) in enumerate(((lhs, recipe.save_lhs), (rhs, recipe.save_rhs))):
-        operand, slope = kept[place]
+        operand = kept[place]
         if save == "quantized":
             saved = stored(operand)
         elif isinstance(save, Quantizer):
@@ -202,9 +216,23 @@ def _product_forward(static: _Static, lhs, rhs, key, state):
             saved = encode(x, save.fmt, save.rounding, key=number, saturate=save.saturate)
         else:
             saved = x
-        residuals.append((saved, slope))
+        residuals.append((saved, operand.slope))
     recorded = state and {"lhs": _recorded(state["lhs"], lhs), "rhs": _recorded(state["rhs"], rhs)}
     return out, (*residuals, key, state, recorded)
+
+
+@jax.custom_jvp
+def _once(x):
+    """Returns an argument of a gradient, which refuses to be differentiated: the derivative of rounding is no 0."""
+    return x
+
+
+@_once.defjvp
+def _once_jvp(primals, tangents):
+    raise NotImplementedError(
+        "dot_general, conv_general_dilated: the gradient of a quantized product cannot be differentiated again; "
+        "take second derivatives with an empty recipe."
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -212,7 +240,8 @@ def _product_backward(static: _Static, residuals, gradient):
     (lhs, lhs_slope), (rhs, rhs_slope), key, state, recorded = residuals
     recipe, forward = static.recipe, static.recipe.forward
     saves = (recipe.save_lhs, recipe.save_rhs)
-    lhs, rhs = (_loaded(x, dtype) for x, dtype in zip((lhs, rhs), static.dtypes, strict=True))
+    lhs, rhs = (_once(_loaded(x, dtype)) for x, dtype in zip((lhs, rhs), static.dtypes, strict=True))
+    gradient = _once(gradient)
     to_lhs = jax.make_jaxpr(functools.partial(static.transpose, 0, mine=lhs))(gradient, rhs)
     to_rhs = jax.make_jaxpr(functools.partial(static.transpose, 1, mine=rhs))(gradient, lhs)
     dlhs = _evaluate(to_lhs, recipe.dlhs, gradient, rhs, _given(key, state, _DLHS, recipe.dlhs))
@@ -220,14 +249,19 @@ def _product_backward(static: _Static, residuals, gradient):
     given = swapped(_given(key, state, _DRHS, recipe.drhs))
     drhs = _evaluate(to_rhs, recipe.drhs.swapped(), gradient, lhs, given)
     axes = axes_of(jax.make_jaxpr(static.product)(lhs, rhs).jaxpr.eqns[-1])
-    rotation_key = _given(key, None, _FORWARD, forward)["rotate"]
+    given = _given(key, None, _FORWARD, forward)
     results = []
-    for x, slope, save, where in zip((dlhs, drhs), (lhs_slope, rhs_slope), saves, axes, strict=True):
-        # The slope is that of the rotated operand. A straight-through slope commutes with the rotation.
-        turn = forward.rotate if save == "quantized" or slope is not None else None
-        turned = x if save == "quantized" else rotated(x, turn, where, rotation_key)
-        turned = turned if slope is None else turned * slope.astype(x.dtype)
-        results.append(rotated(turned, turn, where, rotation_key, inverse=True))
+    for place, (x, slope, where) in enumerate(zip((dlhs, drhs), (lhs_slope, rhs_slope), axes, strict=True)):
+        # The gradient of an operand is that of the rotated one if it met the other operand rotated. The slope is that
+        # of the rotated operand too, in all its axes; one that is straight-through commutes with the rotations.
+        met_rotated = saves[1 - place] == "quantized"
+        turn = forward.rotate if met_rotated or slope is not None else None
+        turned = x if met_rotated else rotated(x, turn, where, given["rotate"])
+        if slope is not None:
+            name = ("rotate_lhs", "rotate_rhs")[place]
+            free = functools.partial(rotated, rotation=getattr(forward, name), axes=where, key=given[name], free=True)
+            turned = free(free(turned) * slope.astype(x.dtype), inverse=True)
+        results.append(rotated(turned, turn, where, given["rotate"], inverse=True))
     following = recorded and recorded | {"gradient": _recorded(state["gradient"], gradient)}
     return *results, None, following
 
@@ -247,7 +281,7 @@ def _evaluate(program, gemm: Gemm, first, second, given: dict, kept: list | None
 
     Args:
       gemm: its lhs is what derives from the first argument.
-      kept: gets the operands of the product and their slopes, if given.
+      kept: gets the operands of the product, with their slopes, if given.
     """
     jaxpr = program.jaxpr
     values, of_first = dict(zip(jaxpr.invars, (first, second), strict=True)), {jaxpr.invars[0]}

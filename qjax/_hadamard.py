@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
+from qjax import _carrier
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +33,10 @@ class Hadamard:
     >>> h.inverse(h(jnp.array([4.0, 2.0, 0.0, 8.0], jnp.float32)))
     Array([4., 2., 0., 8.], dtype=float32)
 
-    The sums are those of the fast transform, the nearest partners first. Source: Tseng et al. (2024), QuIP#,
-    https://arxiv.org/abs/2402.04396, section 3 (randomized); Ashkboos et al. (2025), HALO,
-    https://arxiv.org/abs/2501.02625 (in training).
+    The sums are those of the fast transform, the nearest partners first, in float32 for bfloat16 and float16.
+
+    Sources: Tseng et al. (2024), QuIP#, https://arxiv.org/abs/2402.04396, section 3 (randomized); Ashkboos et al.
+    (2025), HALO, https://arxiv.org/abs/2501.02625 (in training).
     """
 
     size: int
@@ -90,10 +93,11 @@ class Hadamard:
     def _transformed(self, x, axis: int):
         axis %= x.ndim
         before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+        dtype, x = x.dtype, _carrier.widen(x)
         half = 1
         while half < self.size:
             pairs = x.reshape(*before, length // (2 * half), 2, half, *after)
             first, second = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
             x = jnp.stack([first + second, first - second], axis=axis + 1).reshape(x.shape)
             half *= 2
-        return x * jnp.asarray(1 / math.sqrt(self.size), x.dtype)
+        return _carrier.apart(x * jnp.asarray(1 / math.sqrt(self.size), x.dtype)).astype(dtype)

@@ -16,8 +16,8 @@ from jax.extend import core, source_info_util
 Plan = tuple[tuple[int, Any], ...]
 """What replaces the equations of a jaxpr: (position, replacement) pairs, hashable.
 
-A replacement is a hashable callable ``(equation, operands, key) -> outputs``, or for an equation with jaxprs of its own
-a tuple of (name of the parameter, the plan of each of its jaxprs).
+A replacement is a hashable callable ``(equation, operands, key, state) -> outputs`` with a ``name``, that of its entry
+in the state or ""; or for an equation with jaxprs of its own a tuple of (name of the parameter, the plan of each).
 """
 
 
@@ -41,14 +41,16 @@ class Place(NamedTuple):
     Attributes:
       names: its name stack, outermost first.
       gradient: whether differentiation made it: it is part of a backward pass.
-      times: how often loops of known length run it.
+      steps: the lengths of the scans around it, outermost first.
+      unsteady: the outermost operation around it that may run it otherwise than once a step, or "".
       inside: the outermost operation around it that ``evaluate`` does not enter, or "".
       position: of the equations around it.
     """
 
     names: tuple[str, ...] = ()
     gradient: bool = False
-    times: int = 1
+    steps: tuple[int, ...] = ()
+    unsteady: str = ""
     inside: str = ""
     position: tuple[int, ...] = ()
 
@@ -103,7 +105,8 @@ def plan(jaxpr: core.Jaxpr, choose: Callable[[Any, Place], Hashable | None], pla
                 found.append((i, answer))
             continue
         within = here._replace(
-            times=here.times * (eqn.params["length"] if name == "scan" else 1),
+            steps=here.steps + ((eqn.params["length"],) if name == "scan" else ()),
+            unsteady=here.unsteady or (name if name in ("while", "cond", "shard_map") else ""),
             inside=here.inside or ("" if name in _ENTER else name),
             position=(*here.position, i),
         )
@@ -128,11 +131,13 @@ def holds(eqn, primitives: frozenset[str]) -> bool:
     )
 
 
-def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], plan: Plan, args: Sequence[Any], key=None) -> list[Any]:
+def evaluate(
+    jaxpr: core.Jaxpr, consts: Sequence[Any], plan: Plan, args: Sequence[Any], key=None, state: dict | None = None
+) -> list[Any]:
     """Returns the outputs of a jaxpr with the equations of a plan replaced.
 
     With a key, each replacement gets one of its own: the number of the replacement is folded in, in loops that of the
-    iteration, in ``shard_map`` that of the shard.
+    iteration, in ``shard_map`` that of the shard. Of the state each gets the entry of its name, in a scan its step's.
     """
     env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
 
@@ -150,16 +155,22 @@ def evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], plan: Plan, args: Sequenc
                 number, replacement = numbered[i]
                 own = None if key is None else jax.random.fold_in(key, number)
                 if isinstance(replacement, tuple):
-                    out = _ENTER[eqn.primitive.name](eqn.params, dict(replacement), operands, own)
+                    out = _ENTER[eqn.primitive.name](eqn.params, dict(replacement), operands, own, state)
                 else:
-                    out = replacement(eqn, operands, _shard_key(own, eqn))
+                    out = replacement(eqn, operands, _shard_key(own, eqn), state and state.get(replacement.name))
         env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _run(closed: core.ClosedJaxpr | core.Jaxpr, plan: Plan, args: Sequence[Any], key) -> list[Any]:
+def _run(closed: core.ClosedJaxpr | core.Jaxpr, plan: Plan, args: Sequence[Any], key, state=None) -> list[Any]:
     jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, core.ClosedJaxpr) else (closed, ())
-    return evaluate(jaxpr, consts, plan, args, key)
+    return evaluate(jaxpr, consts, plan, args, key, state)
+
+
+def _names(plan: Plan) -> set[str]:
+    """Returns the names of the replacements in a plan, however deep."""
+    inner = [p for _, r in plan if isinstance(r, tuple) for _, plans in r for p in plans]
+    return {r.name for _, r in plan if not isinstance(r, tuple)}.union(*map(_names, inner))
 
 
 def _shard_key(key, eqn):
@@ -175,33 +186,33 @@ def _varying(aval) -> frozenset[str]:
     return getattr(aval, "vma", frozenset()) if mesh_axes is None else mesh_axes.varying
 
 
-def _call(params, plans, args, key):
+def _call(params, plans, args, key, state):
     (name, (body,)) = next(iter(plans.items()))
-    return _run(params[name], body, args, key)
+    return _run(params[name], body, args, key, state)
 
 
-def _jit(params, plans, args, key):
+def _jit(params, plans, args, key, state):
     # Equal plans share one compiled function, so that a jitted helper is not compiled again in each eager call.
     names = ("in_shardings", "out_shardings", "donated_invars", "keep_unused", "inline", "compiler_options_kvs", "name")
     settings = tuple((name, params[name]) for name in names)
-    return _jitted(params["jaxpr"], plans["jaxpr"][0], settings)(key, *args)
+    return _jitted(params["jaxpr"], plans["jaxpr"][0], settings)(key, state, *args)
 
 
 @functools.lru_cache(maxsize=512)
 def _jitted(jaxpr: core.ClosedJaxpr, plan: Plan, settings: tuple):
-    def fn(key, *args):
-        return tuple(_run(jaxpr, plan, args, key))
+    def fn(key, state, *args):
+        return tuple(_run(jaxpr, plan, args, key, state))
 
     s = dict(settings)
     fn.__name__ = fn.__qualname__ = s["name"]
     shardings = {}
     if any(map(_is_specified, s["in_shardings"])):
-        shardings["in_shardings"] = (None, *s["in_shardings"])
+        shardings["in_shardings"] = (None, None, *s["in_shardings"])
     if any(map(_is_specified, s["out_shardings"])):
         shardings["out_shardings"] = s["out_shardings"]
     return jax.jit(
         fn,
-        donate_argnums=tuple(i + 1 for i, donated in enumerate(s["donated_invars"]) if donated),
+        donate_argnums=tuple(i + 2 for i, donated in enumerate(s["donated_invars"]) if donated),
         keep_unused=s["keep_unused"],
         inline=s["inline"],
         compiler_options=dict(s["compiler_options_kvs"]) or None,
@@ -213,35 +224,37 @@ def _is_specified(sharding) -> bool:
     return type(sharding).__name__ != "UnspecifiedValue"
 
 
-def _remat(params, plans, args, key):
+def _remat(params, plans, args, key, state):
     cse = params["prevent_cse"]
     fn = jax.checkpoint(
-        lambda key, *args: _run(params["jaxpr"], plans["jaxpr"][0], args, key),
+        lambda key, state, *args: _run(params["jaxpr"], plans["jaxpr"][0], args, key, state),
         prevent_cse=cse if isinstance(cse, bool) else (False, *cse),
         policy=params["policy"],
     )
-    return fn(key, *args)
+    return fn(key, state, *args)
 
 
-def _scan(params, plans, args, key):
-    consts, carried = params["num_consts"], params["num_carry"]
-    init, xs = args[consts : consts + carried], args[consts + carried :]
+def _scan(params, plans, args, key, state):
+    if "ft_in" in params:  # jax 0.12
+        consts, init, xs = (list(part) for part in params["ft_in"].update(args).unpack())
+    else:
+        start, end = params["num_consts"], params["num_consts"] + params["num_carry"]
+        consts, init, xs = args[:start], args[start:end], args[end:]
     steps = None if key is None else jnp.arange(params["length"], dtype=jnp.uint32)
+    mine = state and {name: state[name] for name in _names(plans["jaxpr"][0]) & set(state)}
 
     def body(carry, x):
-        step, x = x
+        step, state, x = x
         own = None if key is None else jax.random.fold_in(key, step)
-        out = _run(params["jaxpr"], plans["jaxpr"][0], [*args[:consts], *carry, *x], own)
-        return out[:carried], out[carried:]
+        out = _run(params["jaxpr"], plans["jaxpr"][0], [*consts, *carry, *x], own, state)
+        return out[: len(init)], out[len(init) :]
 
-    more = {name: params[name] for name in ("_split_transpose",) if name in params}
-    carry, ys = jax.lax.scan(
-        body, init, (steps, xs), length=params["length"], reverse=params["reverse"], unroll=params["unroll"], **more
-    )
+    options = {name: params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in params}
+    carry, ys = jax.lax.scan(body, init, (steps, mine, xs), **options)
     return [*carry, *ys]
 
 
-def _while(params, plans, args, key):
+def _while(params, plans, args, key, state):
     of_cond, of_body = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     step = None if key is None else jnp.uint32(0)
 
@@ -260,7 +273,7 @@ def _while(params, plans, args, key):
     return jax.lax.while_loop(cond, body, (step, args[of_body:]))[1]
 
 
-def _cond(params, plans, args, key):
+def _cond(params, plans, args, key, state):
     index, *operands = args
     branches = [
         functools.partial(lambda branch, plan, *args: _run(branch, plan, args, key), branch, plan)
@@ -269,7 +282,7 @@ def _cond(params, plans, args, key):
     return jax.lax.switch(index, branches, *operands)
 
 
-def _shard_map(params, plans, args, key):
+def _shard_map(params, plans, args, key, state):
     axes = params.get("newly_manual_axes", params.get("manual_axes"))
 
     def fn(key, *args):
@@ -302,4 +315,7 @@ _ENTER: dict[str, Callable[..., Any]] = {
     "cond": _cond,
     "shard_map": _shard_map,
 }
-"""How to run the operations with jaxprs in them: from (parameters, plans, operands, key) to outputs."""
+"""How to run the operations with jaxprs in them: from (parameters, plans, operands, key, state) to outputs.
+
+What is unsteady (``Place``) hands no state on.
+"""

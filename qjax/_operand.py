@@ -11,9 +11,9 @@ from jax import lax
 from qjax import _carrier
 from qjax._blocks import blocks_of
 from qjax._chop import random
-from qjax._quantizer import Quantizer
+from qjax._quantizer import Quantizer, StraightThrough, derivative
 from qjax._rounding import max_random_bits
-from qjax._scaled import Mode, quantize, quantize_apart
+from qjax._scaled import Mode, multiply, quantize, quantize_apart
 from qjax.formats import Codebook, Fixed, Float, Format, Scaled
 
 
@@ -43,15 +43,21 @@ class Operand(NamedTuple):
       scale: None, or of that layout with 1 for every contracted axis.
       segments: None, or the scales of what is promoted: rows, then segments.
       fmt: the format of the elements, None if they are no format's.
+      slope: None for 1, or the derivative that stands for that of rounding, in the layout of the elements.
+      whole: where there are segments, the elements times their scales.
     """
 
     elements: Any
     scale: Any = None
     segments: Any = None
     fmt: Format | None = None
+    slope: Any = None
+    whole: Any = None
 
     @property
     def value(self):
+        if self.segments is not None:
+            return self.whole
         return self.elements if self.scale is None else self.elements.astype(self.scale.dtype) * self.scale
 
 
@@ -68,7 +74,14 @@ def from_rows(rows, axes: Axes, shape: tuple[int, ...]):
 
 
 def quantized(
-    x, quantizer: Quantizer | None, axes: Axes, *, key=None, scale=None, promote: int | None = None
+    x,
+    quantizer: Quantizer | None,
+    axes: Axes,
+    *,
+    key=None,
+    scale=None,
+    promote: int | None = None,
+    with_slope: bool = False,
 ) -> Operand:
     """Returns x as an operand: rounded by a quantizer, blocks along the contraction.
 
@@ -76,6 +89,7 @@ def quantized(
       key: of a stochastic quantizer.
       scale: replaces the computed scales.
       promote: the length of segments; where blocks are multiples of it, their scales stay apart.
+      with_slope: whether the slope of the estimator is asked for.
     """
     if quantizer is None:
         return Operand(x)
@@ -87,30 +101,50 @@ def quantized(
     # The layout as it is, if blocks do not care or lie along one of its axes.
     straight = promote is None and not tiled and (along is not None or blocks_are <= {type(None)})
     rows = x if straight else to_rows(x, axes)
+    if tiled:
+        # A tile spans no two entries of a batch: axes that it has more than the operand has of its own have length 1.
+        longest = max(len(level.block) for level in _levels(fmt) if isinstance(level.block, tuple))
+        missing, at = longest - 1 - len(axes.free), len(axes.batch)
+        rows = rows.reshape(*rows.shape[:at], *(1,) * missing, *rows.shape[at:])
     axis = along if straight and along is not None else -1
 
     wide = _carrier.widen(rows)
     bits = min(max_random_bits(quantizer.rounding, jnp.finfo(wide.dtype).bits), jnp.finfo(wide.dtype).bits)
     mode = Mode(fmt, quantizer.rounding, axis, quantizer.saturate, wide.dtype)
     options = {"scale": scale, "random": random(wide, key, None, bits)}
-    if not isinstance(fmt, Scaled):
-        return Operand(_back(quantize(wide, mode, **options)[0], x, axes, straight), fmt=fmt)
-    element = fmt.element
-    if fmt.zero_point is not None:
-        assert isinstance(element, Fixed)
-        element = Fixed(element.bits + 1, element.fraction_bits)
-    blocks = blocks_of(fmt, rows.shape, axis)
-    if all(blocks.counts[a] == 1 for a in (axes.contract if straight else (-1,))):
-        elements, scales = quantize_apart(wide, mode, **options)
-        if not straight:
-            reduced = tuple(1 if a in axes.contract else n for a, n in enumerate(x.shape))
-            scales = from_rows(blocks.spread(scales)[..., :1], axes, reduced)
-        return Operand(_back(elements, x, axes, straight), scales, fmt=element)
-    if promote is not None and blocks.sizes[-1] % promote == 0:
-        elements, scales = quantize_apart(wide, mode, **options)
-        segments = blocks.spread(scales)[..., ::promote]
-        return Operand(_back(elements, x, axes, straight), segments=segments, fmt=element)
-    return Operand(_back(quantize(wide, mode, **options)[0], x, axes, straight), fmt=fmt)
+
+    def operand(elements, value, **parts) -> Operand:
+        slope = None
+        if with_slope and not isinstance(quantizer.estimator, StraightThrough):
+            slope = _back(derivative(quantizer, wide, value, axis, scale), x, axes, straight)
+        return Operand(_back(elements, x, axes, straight), **parts, slope=slope)
+
+    if isinstance(fmt, Scaled):
+        blocks = blocks_of(fmt, rows.shape, axis)
+        constant = all(blocks.counts[a] == 1 for a in (axes.contract if straight else (-1,)))
+        if constant or (promote is not None and blocks.sizes[-1] % promote == 0):
+            elements, scales = quantize_apart(wide, mode, **options)
+            spread, element = blocks.spread(scales), _element(fmt)
+            value = multiply(elements, spread)
+            if not constant:
+                whole = _back(value, x, axes, straight)
+                return operand(elements, value, segments=spread[..., ::promote], fmt=element, whole=whole)
+            if not straight:
+                reduced = tuple(1 if a in axes.contract else n for a, n in enumerate(x.shape))
+                scales = from_rows(spread[..., :1], axes, reduced)
+            return operand(elements, value, scale=scales, fmt=element)
+    value, _ = quantize(wide, mode, **options)
+    return operand(value, value, fmt=fmt)
+
+
+def _element(fmt: Scaled) -> Format:
+    """Returns the format of elements apart from their scale."""
+    if fmt.zero_point is None:
+        return fmt.element
+    # Integers less a zero point, which may be beyond them where the scale was rounded down.
+    element, zero = fmt.element, fmt.zero_point
+    assert isinstance(element, Fixed)
+    return Fixed(max(element.bits, zero.bits) + 1, max(element.fraction_bits, zero.fraction_bits))
 
 
 def _back(rows, x, axes: Axes, straight: bool):
@@ -123,45 +157,34 @@ def _levels(fmt: Format) -> list[Scaled]:
 
 
 class Extent(NamedTuple):
-    """What bounds the values of a format: significant bits, and the exponents of the lowest and highest bit."""
+    """What bounds the values of a format: their significant bits, and the exponent of the lowest bit if it is known."""
 
     precision: int
     lowest: int | None
-    highest: int | None
 
 
 def extent(fmt: Format | None) -> Extent | None:
-    """Returns the extent of the values of a format, None if they need the whole carrier.
-
-    Where scales that are powers of two are in the values, only the carrier bounds the exponents: None.
-    """
+    """Returns the extent of the values of a format, None if they need the whole carrier."""
     match fmt:
         case Float():
-            return Extent(fmt.mantissa_bits + 1, fmt.quantum_exponent, fmt.emax)
+            return Extent(fmt.mantissa_bits + 1, fmt.quantum_exponent)
         case Fixed():
-            return Extent(max(fmt.max_integer, -fmt.min_integer).bit_length(), fmt.quantum_exponent, fmt.emax + 1)
+            # The lowest integer is a power of two, or not beyond the largest.
+            return Extent(max(fmt.max_integer.bit_length(), 1), fmt.quantum_exponent)
         case Codebook():
             ratios = [abs(v).as_integer_ratio() for v in fmt.table if v]
             lowest = min((n & -n).bit_length() - d.bit_length() for n, d in ratios)
-            precision = max((n // (n & -n)).bit_length() for n, _ in ratios)
-            return Extent(precision, lowest, fmt.emax)
+            return Extent(max((n // (n & -n)).bit_length() for n, _ in ratios), lowest)
         case Scaled():
             inner = extent(fmt.element)
             if inner is None or fmt.zero_point is not None:
                 return None
-            outer = Extent(fmt.scale.mantissa_bits + 1, fmt.scale.quantum_exponent, fmt.scale.emax)
-            if fmt.power_of_two:
-                return Extent(inner.precision, None, None)
-            if inner.lowest is None or inner.highest is None or outer.lowest is None or outer.highest is None:
-                return Extent(inner.precision + outer.precision, None, None)
-            return Extent(
-                inner.precision + outer.precision, inner.lowest + outer.lowest, inner.highest + outer.highest + 1
-            )
+            return Extent(inner.precision + (0 if fmt.power_of_two else fmt.scale.mantissa_bits + 1), None)
     return None
 
 
 def narrow_dtype(fmt: Format | None, wide: np.dtype) -> np.dtype:
-    """Returns the narrowest of int8, bfloat16 and ``wide`` that holds all values of a format.
+    """Returns the narrowest of int8, bfloat16 and ``wide`` that holds all values of a format that count.
 
     int8 holds them as integers, in units of their lowest bit. bfloat16 has the exponents of float32, and of its 8
     bits of precision none is lost by a normal number; subnormals count as zero in products, as XLA has it.
@@ -169,10 +192,10 @@ def narrow_dtype(fmt: Format | None, wide: np.dtype) -> np.dtype:
     found = extent(fmt)
     if found is None or wide != np.float32:
         return wide
-    if found.lowest is not None and found.highest is not None and _fits_int8(fmt, 2.0**found.lowest):
+    # The unit of a product, and the sum of 2^17 of them, are float32 numbers.
+    if found.lowest is not None and -60 <= found.lowest <= 40 and _fits_int8(fmt, 2.0**found.lowest):
         return np.dtype(np.int8)
-    fits = found.lowest is None or (found.lowest >= -126 and (found.highest or 0) <= 127)
-    return np.dtype(jnp.bfloat16) if found.precision <= 8 and fits else wide
+    return np.dtype(jnp.bfloat16) if found.precision <= 8 else wide
 
 
 def _fits_int8(fmt: Format | None, unit: float) -> bool:
@@ -193,16 +216,17 @@ def lowest_bit(fmt: Format | None) -> int:
 
 def stored(operand: Operand) -> Operand:
     """Returns an operand with its elements in the narrowest dtype that holds them."""
-    x = operand.elements
-    dtype = narrow_dtype(operand.fmt, x.dtype)
-    return operand._replace(elements=held(x, operand.fmt, dtype), segments=None)
+    if operand.segments is not None:
+        return Operand(operand.whole)
+    dtype = narrow_dtype(operand.fmt, operand.elements.dtype)
+    return Operand(held(operand.elements, operand.fmt, dtype), operand.scale, fmt=operand.fmt)
 
 
 def restored(operand: Operand, dtype: np.dtype):
     """Returns the value of a stored operand."""
-    x = operand.elements.astype(np.float32 if operand.elements.dtype == np.int8 else dtype)
-    if operand.elements.dtype == np.int8:
-        x = x * np.float32(2.0 ** lowest_bit(operand.fmt))
+    x = operand.elements
+    if x.dtype == np.int8:
+        x = x.astype(np.float32) * np.float32(2.0 ** lowest_bit(operand.fmt))
     return operand._replace(elements=x).value.astype(dtype)
 
 

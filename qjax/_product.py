@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import _operand
+from qjax import _carrier, _operand
 from qjax._accumulator import Accumulator, accumulate
 from qjax._operand import Axes, Operand
-from qjax._quantizer import Quantizer, StraightThrough, derivative
+from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm
-from qjax.formats import Fixed
+from qjax.formats import Fixed, Float
 
 
 def axes_of(equation) -> tuple[Axes, Axes]:
@@ -47,11 +47,11 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
 
     Args:
       given: the keys of the stochastic parts of the Gemm by name, and scales that replace the computed ones.
-      kept: gets the two operands, each with the slope of its estimator (None for 1), if given.
+      kept: gets the two operands, with the slopes of their estimators, if given.
     """
     if gemm.is_empty:
         if kept is not None:
-            kept += [(Operand(lhs), None), (Operand(rhs), None)]
+            kept += [Operand(lhs), Operand(rhs)]
         return equation.primitive.bind(lhs, rhs, **equation.params)
     is_dot = equation.primitive is lax.dot_general_p
     axes = axes_of(equation)
@@ -66,30 +66,27 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
         quantizer, turn = getattr(gemm, name), getattr(gemm, f"rotate_{name}")
         x = rotated(array, gemm.rotate, where, given["rotate"])
         x = rotated(x, turn, where, given[f"rotate_{name}"], free=True)
-        scale = given[f"{name}_scale"]
+        options = dict(key=given[name], scale=given[f"{name}_scale"], with_slope=kept is not None)
         if groups > 1 and name == "lhs" and quantizer is not None:
-            operand = _grouped(x, quantizer, where, groups, given[name], scale)
+            operand = _grouped(x, quantizer, where, groups, options)
         else:
-            operand = _operand.quantized(x, quantizer, where, key=given[name], scale=scale, promote=promote)
+            operand = _operand.quantized(x, quantizer, where, promote=promote, **options)
         # Neighbouring windows share elements: only one scale for all of them can be taken out of the sum.
         if not is_dot and name == "lhs" and operand.scale is not None and operand.scale.size > 1:
             assert quantizer is not None
-            operand = Operand(operand.value, fmt=quantizer.fmt)
+            operand = Operand(operand.value, fmt=quantizer.fmt, slope=operand.slope)
         operands.append(operand)
         if kept is not None:
-            slope = None
-            if quantizer is not None and not isinstance(quantizer.estimator, StraightThrough):
-                slope = _slope(x, operand, quantizer, where)
-            kept.append((operand, slope))
+            kept.append(operand)
     if gemm.accumulator is not None:
-        _check_register(gemm.accumulator, operands)
+        _check_register("dot_general" if is_dot else "conv_general_dilated", gemm.accumulator, operands)
         accumulated = _accumulated_dot if is_dot else _accumulated_conv
         out = accumulated(equation, gemm.accumulator, operands, axes, given["accumulator"])
     else:
         out = _narrow(equation, axes, operands)
     for operand, scale_shape in zip(operands, _scale_shapes(equation, axes, operands), strict=True):
         if operand.scale is not None:
-            out = out * scale_shape(operand.scale)
+            out = _carrier.apart(out * scale_shape(operand.scale))
     dtype = equation.outvars[0].aval.dtype
     out = out.astype(dtype)
     start = len(axes[0].batch)
@@ -110,36 +107,43 @@ def swapped(given: dict) -> dict:
     return {name: given[pairs.get(name, name)] for name in given}
 
 
-def _check_register(accumulator: Accumulator, operands: list[Operand]) -> None:
+def _check_register(caller: str, accumulator: Accumulator, operands: list[Operand]) -> None:
     """Raises if a register cannot hold the sums of the elements."""
-    name, fmt = "dot_general: ", accumulator.fmt
+    fmt = accumulator.fmt
     if any(jnp.finfo(o.elements.dtype).bits > 32 for o in operands):
-        raise TypeError(f"{name}an Accumulator works on float32; got float64 operands, convert them.")
-    if isinstance(fmt, Fixed):
-        fractions = _fractions(operands)
-        if fractions is None or sum(fractions) != fmt.fraction_bits:
-            raise ValueError(
-                f"{name}the register {fmt!r} sums integers of {fmt.fraction_bits} fraction bits; the operands have "
-                f"{' and '.join(repr(o.fmt) for o in operands)}. Give both a Fixed format (with scales that are "
-                "constant along the contraction, if any), and the register the sum of their fraction bits."
-            )
+        raise TypeError(f"{caller}: an Accumulator works on float32; got float64 operands, convert them.")
+    if isinstance(fmt, Float):
+        return
+    fractions, elements = _fractions(operands), [o.fmt for o in operands]
+    if fractions is None or sum(fractions) != fmt.fraction_bits:
+        raise ValueError(
+            f"{caller}: the register {fmt!r} sums integers of {fmt.fraction_bits} fraction bits; the operands have "
+            f"{' and '.join(map(repr, elements))}. Give both a Fixed format (with scales that are constant along the "
+            "contraction, if any), and the register the sum of their fraction bits."
+        )
+    first, second = (max(e.max_integer, -e.min_integer) for e in elements if isinstance(e, Fixed))
+    if max(first, second) > 2**31 or any(isinstance(e, Fixed) and e.max_integer >= 2**31 for e in elements):
+        raise ValueError(
+            f"{caller}: elements of a Fixed register fit 32 bits; got {' and '.join(map(repr, elements))}."
+        )
+    if accumulator.watches and accumulator.chunk * first * second >= 2**31:
+        raise ValueError(
+            f"{caller}: the sum of {accumulator.chunk} products of {' and '.join(map(repr, elements))} can overflow 32 "
+            f"bits unseen; take a chunk of at most {(2**31 - 1) // (first * second)}, or a register that wraps."
+        )
 
 
-def _slope(x, operand: Operand, quantizer: Quantizer, axes: Axes):
-    """Returns the derivative of rounding, in the layout of x."""
-    rows, value = (_operand.to_rows(a, axes) for a in (x, operand.value.astype(x.dtype)))
-    return _operand.from_rows(derivative(quantizer, rows, value, -1), axes, x.shape)
-
-
-def _grouped(x, quantizer: Quantizer, axes: Axes, groups: int, key, scale) -> Operand:
+def _grouped(x, quantizer: Quantizer, axes: Axes, groups: int, options: dict) -> Operand:
     """Returns the lhs of a grouped convolution as an operand: blocks lie within a group."""
     (feature,) = axes.contract
     split = x.reshape(*x.shape[:feature], groups, x.shape[feature] // groups, *x.shape[feature + 1 :])
     free = tuple(a for a in range(split.ndim) if a != feature + 1)
-    operand = _operand.quantized(split, quantizer, Axes((feature + 1,), (), free), key=key, scale=scale)
+    operand = _operand.quantized(split, quantizer, Axes((feature + 1,), (), free), **options)
+    slope = None if operand.slope is None else operand.slope.reshape(x.shape)
     if operand.scale is not None and operand.scale.size == 1:
-        return Operand(operand.elements.reshape(x.shape), operand.scale.reshape((1,) * x.ndim), fmt=operand.fmt)
-    return Operand(operand.value.reshape(x.shape), fmt=quantizer.fmt)
+        elements, scale = operand.elements.reshape(x.shape), operand.scale.reshape((1,) * x.ndim)
+        return Operand(elements, scale, fmt=operand.fmt, slope=slope)
+    return Operand(operand.value.reshape(x.shape), fmt=quantizer.fmt, slope=slope)
 
 
 def _narrow(equation, axes: tuple[Axes, Axes], operands: list[Operand]):
@@ -148,6 +152,9 @@ def _narrow(equation, axes: tuple[Axes, Axes], operands: list[Operand]):
     dtype, total = _dtype(equation, axes, operands)
     x, y = _operand.held(lhs.elements, lhs.fmt, dtype), _operand.held(rhs.elements, rhs.fmt, dtype)
     out = equation.primitive.bind(x, y, **equation.params | {"preferred_element_type": total})
+    if dtype == jnp.bfloat16:
+        # XLA's CPU backend folds a later transposition into the product, and then has no code for it.
+        out = lax.optimization_barrier(out)
     if dtype == np.int8:
         unit = 2.0 ** (_operand.lowest_bit(lhs.fmt) + _operand.lowest_bit(rhs.fmt))
         return out.astype(np.float32) * np.float32(unit)
@@ -161,8 +168,7 @@ def _dtype(equation, axes: tuple[Axes, Axes], operands: list[Operand]) -> tuple[
     in the gradients of int8 convolutions. There float32 or bfloat16 is taken instead. Products of int8 are summed
     exactly in any case, but for convolutions: up to 2^10 of them are below 2^24.
     """
-    wide = np.dtype(jnp.promote_types(*(o.elements.dtype for o in operands)))
-    wide = wide if jnp.finfo(wide).bits >= 32 else np.dtype(np.float32)
+    wide = np.dtype(np.float64 if any(o.elements.dtype == np.float64 for o in operands) else np.float32)
     precision = equation.params["precision"]
     if precision is not None and not isinstance(precision, lax.Precision | tuple):
         return wide, wide
@@ -248,10 +254,7 @@ def _accumulated_conv(equation, accumulator: Accumulator, operands: list[Operand
     for place, (window, stride, dilation) in enumerate(
         zip(windows, p["window_strides"], p["rhs_dilation"], strict=True)
     ):
-        axis = 2 + 2 * place
-        positions = (x.shape[axis] - dilation * (window - 1) - 1) // stride + 1
-        index = np.arange(max(positions, 0))[:, None] * stride + np.arange(window)[None] * dilation
-        x = jnp.take(x, index, axis=axis)
+        x = _windows(x, 2 + 2 * place, window, stride, dilation)
     # (batch, features, position, window, position, window ...) to (groups, batch and positions, features and windows).
     spatial = len(windows)
     groups, batch_groups = p["feature_group_count"], p["batch_group_count"]
@@ -260,9 +263,25 @@ def _accumulated_conv(equation, accumulator: Accumulator, operands: list[Operand
     positions = [x.shape[2 + 2 * i] for i in range(spatial)]
     x = x.reshape(batch_groups, n // batch_groups, groups, features // groups, *x.shape[2:])
     place, window = [4 + 2 * i for i in range(spatial)], [5 + 2 * i for i in range(spatial)]
-    rows = lax.transpose(x, (0, 2, 1, *place, 3, *window)).reshape(count, n // batch_groups * math.prod(positions), -1)
-    kernels = kernel.reshape(count, kernel.shape[0] // count, -1)
+    depth = math.prod(kernel.shape[1:])
+    rows = lax.transpose(x, (0, 2, 1, *place, 3, *window))
+    rows = rows.reshape(count, n // batch_groups * math.prod(positions), depth)
+    kernels = kernel.reshape(count, kernel.shape[0] // count, depth)
     out = accumulate(rows, kernels, accumulator, key=key, fractions=_fractions(operands))
     out = out.reshape(count, n // batch_groups, *positions, kernels.shape[1])
     out = jnp.moveaxis(out, (0, -1), (1, 2)).reshape(n // batch_groups, kernel.shape[0], *positions)
     return lax.transpose(out, np.argsort(numbers.out_spec).tolist())
+
+
+def _windows(x, axis: int, window: int, stride: int, dilation: int):
+    """Returns x with an axis split in two, the positions of a window and the places within it."""
+    positions = max((x.shape[axis] - dilation * (window - 1) - 1) // stride + 1, 0)
+    if positions == 0:
+        return jnp.zeros((*x.shape[:axis], 0, window, *x.shape[axis + 1 :]), x.dtype)
+    # The fewer slices: those of one place each, or those of one position each. A gather is some ten times slower.
+    by_place = window <= positions
+    number, apart, length, step = (
+        (window, dilation, positions, stride) if by_place else (positions, stride, window, dilation)
+    )
+    slices = [lax.slice_in_dim(x, i * apart, i * apart + step * (length - 1) + 1, step, axis) for i in range(number)]
+    return jnp.stack(slices, axis + 1 if by_place else axis)

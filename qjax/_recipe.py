@@ -138,6 +138,17 @@ class Recipe:
             isinstance(part, Quantizer) and part.is_stochastic for part in saved
         )
 
+    def swapped(self) -> "Recipe":
+        """Returns it for the operands in the other order."""
+        return dataclasses.replace(
+            self,
+            forward=self.forward.swapped(),
+            dlhs=self.drhs.swapped(),
+            drhs=self.dlhs.swapped(),
+            save_lhs=self.save_rhs,
+            save_rhs=self.save_lhs,
+        )
+
     def init(self) -> dict[str, Array]:
         """Returns the state of delayed scaling before the first step: the largest magnitudes of lhs, rhs and gradient.
 

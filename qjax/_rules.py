@@ -62,6 +62,11 @@ def assigned(
                     f"{caller}: {named(site)} cannot be quantized: {site.fixed}. "
                     "To leave it in full precision give its path None, before the patterns that match it."
                 )
+            if recipe is not None and recipe.history is not None and site.unsteady:
+                raise ValueError(
+                    f"{caller}: the recipe of {named(site)} has delayed scaling, and it is inside a {site.unsteady}, "
+                    "which may run it otherwise than once a step; take a recipe with current scaling for its path."
+                )
         recipes.append(recipe)
     paths = sorted({site.path for site in free})
     if isinstance(rule, tuple) and whole:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from qjax import _carrier, _rounding
 from qjax._blocks import Blocks, blocks_of
@@ -104,8 +103,7 @@ def _scale_of(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random: Random
 def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: Random | None) -> tuple[Any, Parts]:
     """Returns x quantized with the given scale of each block."""
     c = _carrier.carrier(x.dtype)
-    # The barrier makes XLA compute the scale once a block; it would fuse it into the work on every element.
-    scale = lax.optimization_barrier(scale)
+    scale = _once(scale)
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
         shift = _carrier.exponent(_carrier.to_bits(scale, c), c)
         elements = _rounding.round_to(
@@ -115,6 +113,7 @@ def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: R
             random=random,
             saturate=True,
             shift=shift,
+            least_shift=_exponent_range(fmt.scale, c)[0],
             spread=blocks.spread,
             dtype=inner.dtype,
         )
@@ -123,6 +122,12 @@ def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: R
     spread = blocks.spread(scale)
     value, parts = quantize(_divide(x, spread), inner._replace(dtype=x.dtype), random=random)
     return _hold(multiply(value, spread), inner.dtype), parts._replace(scales=(scale, *parts.scales))
+
+
+def _once(scale):
+    """Returns scales as they are, computed once a block."""
+    c = _carrier.carrier(scale.dtype)
+    return _carrier.from_bits(_rounding.once(_carrier.to_bits(scale, c).astype(c.int)).astype(c.uint), c)
 
 
 def _hold(value, dtype):
@@ -273,7 +278,7 @@ def quantize_apart(x, mode: Mode, *, scale=None, random: Random | None = None) -
         return _unshifted(parts.elements, parts.shift), parts.scales[0]
     inner = mode._replace(fmt=fmt.element, saturate=True)
     scale = _scale_of(x, fmt, inner, blocks, scale, random)
-    scale = lax.optimization_barrier(scale)
+    scale = _once(scale)
     elements, _ = quantize(_divide(x, blocks.spread(scale)), inner._replace(dtype=x.dtype), random=random)
     return elements, scale
 

@@ -33,8 +33,9 @@ class Site:
       dimension_numbers: those of lax.
       recipe: what is quantized, None for full precision.
       source: the line of the user that asked for it.
-      times: how often loops of known length run it.
+      steps: the lengths of the scans around it, outermost first.
       fixed: why it cannot be quantized where it is, or "".
+      unsteady: the operation around it that may run it otherwise than once a step, or "".
     """
 
     path: str
@@ -45,8 +46,14 @@ class Site:
     dimension_numbers: Any
     recipe: Recipe | None = None
     source: str = dataclasses.field(default="", compare=False)
-    times: int = 1
+    steps: tuple[int, ...] = ()
     fixed: str = ""
+    unsteady: str = ""
+
+    @property
+    def times(self) -> int:
+        """How often scans run it."""
+        return math.prod(self.steps)
 
     @property
     def multiply_adds(self) -> int:
@@ -94,7 +101,9 @@ def find(program: _jaxpr.Program, replace: Callable[[Site], Hashable | None], ro
     seen = set()
 
     def placed(site: Site, names: tuple[str, ...], eqn, place: _jaxpr.Place) -> Site:
-        return dataclasses.replace(site, path=_path(names, root), source=_source(eqn), times=place.times)
+        return dataclasses.replace(
+            site, path=_path(names, root), source=_source(eqn), steps=place.steps, unsteady=place.unsteady
+        )
 
     def choose(eqn, place: _jaxpr.Place):
         marks = [i for i, name in enumerate(place.names) if name in _MARKED]
@@ -151,4 +160,5 @@ def _source(eqn) -> str:
     ]
     lines = source_info_util.summarize(eqn.source_info, num_frames=1000).splitlines()
     users = [line for line in lines if not any(line.startswith(str(folder)) for folder in libraries)]
-    return ":".join((users or lines or ["unknown"])[-1].split(" ")[0].split(":")[:2])
+    line, *_ = (users or lines or ["unknown"])[-1].rsplit(" (", 1)
+    return ":".join(line.split(":")[:2])

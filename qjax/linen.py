@@ -15,12 +15,16 @@ import jax
 from flax import linen as nn
 from flax.core import lift
 from flax.linen import transforms
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
-from qjax._program import run
+from qjax import _program
+from qjax._coverage import Coverage
+from qjax._recipe import Recipe
 from qjax._rules import Checked, Rule, checked
 from qjax._sites import MODULE
 
 M = TypeVar("M", bound=nn.Module)
+STATE = "histories"
 
 
 def quantize(model: M, rule: Rule, *, strict: bool = True) -> M:
@@ -28,7 +32,9 @@ def quantize(model: M, rule: Rule, *, strict: bool = True) -> M:
 
     It is used as the model: every method of it is quantized, called through ``apply`` or from another module.
     ``init`` runs the model as it is, so parameters are the same bit for bit. A stochastic recipe needs
-    ``apply(..., rngs={"quantize": key})``.
+    ``apply(..., rngs={"quantize": key})``. A recipe with delayed scaling has its state in the collection
+    "_overwrite_with_gradient", which ``init`` makes, and whose "gradient" is the next state, as in Flax's own FP8
+    layers: ``flax.training.train_state.TrainState`` puts it there.
 
     Args:
       model: any linen module. It is not changed.
@@ -48,11 +54,11 @@ def quantize(model: M, rule: Rule, *, strict: bool = True) -> M:
     >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
     >>> variables = model.init(jax.random.key(0), x)
     >>> quantized = qjax.linen.quantize(model, {"layers_0": None, ".*": qjax.Recipe(qjax.Gemm(e4m3, e4m3))})
-    >>> print(qjax.coverage(quantized.apply, variables, x))
-    path     | operation   | shapes                        | forward                   | dlhs | drhs | accumulator
-    ---------|-------------|-------------------------------|---------------------------|------|------|------------
-    layers_0 | dot_general | float32[2, 4] x float32[4, 8] | -                         | -    | -    | -
-    layers_2 | dot_general | float32[2, 8] x float32[8, 2] | e4m3_tensor x e4m3_tensor | -    | -    | -
+    >>> print(qjax.linen.coverage(quantized, variables, x))
+    path     | operation   | shapes              | forward                   | dlhs | drhs | accumulator
+    ---------|-------------|---------------------|---------------------------|------|------|------------
+    layers_0 | dot_general | f32[2,4] x f32[4,8] | -                         | -    | -    | -
+    layers_2 | dot_general | f32[2,8] x f32[8,2] | e4m3_tensor x e4m3_tensor | -    | -    | -
     1 of 2 dots quantized, 33.3 % of the multiply-adds
     """
     if not isinstance(model, nn.Module):
@@ -63,16 +69,26 @@ def quantize(model: M, rule: Rule, *, strict: bool = True) -> M:
     return twin
 
 
+def coverage(model: nn.Module, variables: Any, *args, rule: Rule | None = None, **kwargs) -> Coverage:
+    """Returns the dot products and convolutions of ``model.apply(variables, ...)``, with the paths that rules match.
+
+    It is ``qjax.coverage``, and takes a rule to see what it would do. An example is at ``quantize``.
+    """
+    with nn.intercept_methods(_in_scope_of_module):
+        return _program.coverage(model.apply, variables, *args, rule=rule, **kwargs)
+
+
 @functools.lru_cache(maxsize=512)
 def _quantized(cls: type[nn.Module], rule: Checked, strict: bool) -> type[nn.Module]:
-    """Returns a subclass whose methods are quantized. Equal rules give one class, so that equal models are equal."""
-    return _subclass(cls, "linen.quantize", lambda self: rule, strict)
+    """Returns the class of quantized models. Equal rules give one class, so that equal models are equal."""
+    return _subclass(cls, "linen.quantize", lambda self: rule, strict, "__call__")
 
 
 def _subclass(
-    cls: type[nn.Module], caller: str, rule_of: Callable[[Any], Checked | None], strict: bool, **fields
+    cls: type[nn.Module], caller: str, rule_of: Callable[[Any], Checked | None], strict: bool, whole: str, **fields
 ) -> type[nn.Module]:
-    methods = {name: _lifted(cls, name, caller, rule_of, strict) for name in _methods(cls)}
+    """Returns a subclass whose methods are quantized, one of them by the whole rule."""
+    methods = {name: _lifted(cls, name, caller, rule_of, strict, name == whole) for name in _methods(cls)}
     # The name is kept: modules without a name are called after their class.
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, **fields, **methods})
 
@@ -85,14 +101,18 @@ def _methods(cls: type[nn.Module]) -> Iterator[str]:
             yield name
 
 
-def _lifted(cls: type[nn.Module], name: str, caller: str, rule_of, strict: bool) -> Callable[..., Any]:
+def _lifted(cls: type[nn.Module], name: str, caller: str, rule_of, strict: bool, whole: bool) -> Callable[..., Any]:
     original = getattr(cls, name)
 
     @functools.wraps(original)
     def method(self, *args, **kwargs):
         rule = rule_of(self)
-        if rule is None or self.scope is None or self.is_initializing():
+        if rule is None or self.scope is None:
             return original(self, *args, **kwargs)
+        if self.is_initializing():
+            out = original(self, *args, **kwargs)
+            if not _has_history(rule):
+                return out
         state = self._state.export()
 
         # As in flax.linen.transforms: the module again, of the class that is not quantized, on the scopes of the trace.
@@ -112,23 +132,39 @@ def _lifted(cls: type[nn.Module], name: str, caller: str, rule_of, strict: bool)
                 inner = scope_fn(variables, rngs)
                 return on_scopes(inner, *args, **kwargs), repack_fn(inner)
 
-            return run(
+            if self.is_initializing():
+                options = {"strict": strict, "whole": whole, "root": "/".join(self.scope.path)}
+                planned = _program.plan_of(caller, pure, rule, (variables, rngs, *args), kwargs, **options)
+                return planned.state, repack_fn(scope_fn(variables, rngs))
+            return _program.run(
                 caller,
                 pure,
                 rule,
                 (variables, rngs, *args),
                 kwargs,
                 key=lambda: self.scope.make_rng("quantize") if self.scope.has_rng("quantize") else None,
+                state=lambda first: self.scope.get_variable(OVERWRITE_WITH_GRADIENT, STATE, None),
                 ask='rngs={"quantize": jax.random.key(...)} to apply',
+                ask_state=f"the variables that init of the quantized model makes, with {OVERWRITE_WITH_GRADIENT!r}",
                 strict=strict,
-                whole=name == "__call__",
+                whole=whole,
                 root="/".join(self.scope.path),
             )
 
         lifted = lift.pack(pure_and_quantized, (True,), (True,), (True,), name="quantize", enable_kwargs=True)
-        return lifted(scopes, *args, **kwargs)
+        if not self.is_initializing():
+            return lifted(scopes, *args, **kwargs)
+        if first := lifted(scopes, *args, **kwargs):
+            known = self.scope.get_variable(OVERWRITE_WITH_GRADIENT, STATE, {})
+            self.scope.put_variable(OVERWRITE_WITH_GRADIENT, STATE, first | known)
+        return out
 
     return method
+
+
+def _has_history(rule: Checked) -> bool:
+    recipes = [rule] if isinstance(rule, Recipe) else [r for _, r in rule] if isinstance(rule, tuple) else None
+    return recipes is None or any(r is not None and r.history is not None for r in recipes)
 
 
 def _in_scope_of_module(call, args, kwargs, context):
@@ -145,7 +181,7 @@ def _layer(cls: type[nn.Module]) -> Any:
     def rule_of(self):
         return None if self.recipe is None else checked(f"linen.{cls.__name__}", self.recipe)
 
-    layer = _subclass(cls, f"linen.{cls.__name__}", rule_of, False, __annotations__={"recipe": Any}, recipe=None)
+    layer = _subclass(cls, f"linen.{cls.__name__}", rule_of, False, "", __annotations__={"recipe": Any}, recipe=None)
     layer.__module__ = __name__
     layer.__doc__ = (
         f"``flax.linen.{cls.__name__}`` with ``recipe``: a rule as ``quantize`` takes it, None for Flax as it is.\n\n"
@@ -164,7 +200,6 @@ ConvTranspose = _layer(nn.ConvTranspose)
 Embed = _layer(nn.Embed)
 MultiHeadDotProductAttention = _layer(nn.MultiHeadDotProductAttention)
 MultiHeadAttention = _layer(nn.MultiHeadAttention)
-SelfAttention = _layer(nn.SelfAttention)
 LSTMCell = _layer(nn.LSTMCell)
 OptimizedLSTMCell = _layer(nn.OptimizedLSTMCell)
 GRUCell = _layer(nn.GRUCell)

@@ -1,7 +1,7 @@
 """Flax nnx: models quantized as they are, and Flax's layers with a recipe.
 
-Variables, their paths and checkpoints are Flax's. The one addition: with a stochastic recipe a module has a stream of
-keys, ``quantize_keys``, whose state is no ``nnx.Param``.
+Variables, their paths and checkpoints are Flax's. Two additions, neither an ``nnx.Param``: with a stochastic recipe a
+module has a stream of keys, ``quantize_keys``; with delayed scaling it has ``quantize_histories`` once it has run.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from flax.nnx.transforms import general
 
 from qjax import _program
 from qjax._coverage import Coverage
@@ -21,7 +20,15 @@ from qjax._rules import Checked, Rule, checked
 from qjax._sites import MODULE, current_module
 
 M = TypeVar("M", bound=nnx.Module)
-KEYS = "quantize_keys"
+KEYS, HISTORIES = "quantize_keys", "quantize_histories"
+
+
+class Histories(nnx.Variable):
+    """The state of the sites with delayed scaling, of which the next one is the "gradient" of this one.
+
+    A quantized model has it as ``quantize_histories`` from its first call on. Differentiate with respect to it too, as
+    with ``nnx.DiffState(0, (nnx.Param, qjax.nnx.Histories))``, and put what comes in its place: ``nnx.update``.
+    """
 
 
 def quantize(model: M, rule: Rule, *, strict: bool = True, rngs: nnx.Rngs | None = None) -> M:
@@ -50,10 +57,10 @@ def quantize(model: M, rule: Rule, *, strict: bool = True, rngs: nnx.Rngs | None
     >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
     >>> quantized = qjax.nnx.quantize(model, {"layers/0": None, ".*": qjax.Recipe(qjax.Gemm(e4m3, e4m3))})
     >>> print(qjax.nnx.coverage(quantized, jnp.ones((2, 4), jnp.float32)))
-    path     | operation   | shapes                        | forward                   | dlhs | drhs | accumulator
-    ---------|-------------|-------------------------------|---------------------------|------|------|------------
-    layers/0 | dot_general | float32[2, 4] x float32[4, 8] | -                         | -    | -    | -
-    layers/2 | dot_general | float32[2, 8] x float32[8, 2] | e4m3_tensor x e4m3_tensor | -    | -    | -
+    path     | operation   | shapes              | forward                   | dlhs | drhs | accumulator
+    ---------|-------------|---------------------|---------------------------|------|------|------------
+    layers/0 | dot_general | f32[2,4] x f32[4,8] | -                         | -    | -    | -
+    layers/2 | dot_general | f32[2,8] x f32[8,2] | e4m3_tensor x e4m3_tensor | -    | -    | -
     1 of 2 dots quantized, 33.3 % of the multiply-adds
     """
     if not isinstance(model, nnx.Module):
@@ -71,14 +78,14 @@ def coverage(model: nnx.Module, *args, rule: Rule | None = None, **kwargs) -> Co
 
     The model is not run, and its state stays as it is. An example is at ``quantize``.
     """
-    graphdef, state = nnx.split((model, args, kwargs))
+    graphdef, state = nnx.split(model)
 
-    def fn(state):
-        model, args, kwargs = nnx.merge(graphdef, state)
-        with _named(model, ""):
-            model(*args, **kwargs)
+    def fn(state, args, kwargs):
+        copy = nnx.merge(graphdef, state)
+        with _named(copy, ""):
+            copy(*args, **kwargs)
 
-    return _program.coverage(fn, state, rule=rule)
+    return _program.coverage(fn, state, args, kwargs, rule=rule)
 
 
 def _as(model: M, cls: type[M]) -> M:
@@ -104,7 +111,7 @@ def _give_keys(caller: str, module: nnx.Module, rule: Checked, rngs: nnx.Rngs | 
 @functools.lru_cache(maxsize=512)
 def _quantized(cls: type[nnx.Module], rule: Checked, strict: bool) -> type[nnx.Module]:
     """Returns a subclass whose methods are quantized. Equal rules give one class, so that equal models compile once."""
-    methods = {name: _lifted(cls, name, "nnx.quantize", lambda self: rule, strict) for name in _methods(cls)}
+    methods = _lifted_methods(cls, "nnx.quantize", lambda self: rule, strict, "__call__")
     return _subclass(cls, **methods)
 
 
@@ -122,7 +129,12 @@ def _methods(cls: type[nnx.Module]) -> Iterator[str]:
             yield name
 
 
-def _lifted(cls: type[nnx.Module], name: str, caller: str, rule_of, strict: bool) -> Callable[..., Any]:
+def _lifted_methods(cls: type[nnx.Module], caller: str, rule_of, strict: bool, whole: str) -> dict[str, Any]:
+    """Returns the methods of a class quantized, one of them by the whole rule."""
+    return {name: _lifted(cls, name, caller, rule_of, strict, name == whole) for name in _methods(cls)}
+
+
+def _lifted(cls: type[nnx.Module], name: str, caller: str, rule_of, strict: bool, whole: bool) -> Callable[..., Any]:
     original = getattr(cls, name)
 
     @functools.wraps(original)
@@ -130,37 +142,100 @@ def _lifted(cls: type[nnx.Module], name: str, caller: str, rule_of, strict: bool
         rule = rule_of(self)
         if rule is None:
             return original(self, *args, **kwargs)
-        root = current_module()
-        keys = getattr(self, KEYS, None)
+        root, keys = current_module(), getattr(self, KEYS, None)
+        # The keys stay outside: what is drawn from them inside the trace would be undone at its end.
+        plain = _as(self, cls)
+        vars(plain).pop(KEYS, None)
+        vars(plain).pop(HISTORIES, None)
 
-        @general.merge_inputs
-        def pure(plain, args, kwargs):
+        def call(plain, args, kwargs):
             with _named(plain, root):
                 return original(plain, *args, **kwargs)
 
-        @general.split_inputs
-        def pure_and_quantized(*arrays):
+        held = getattr(self, HISTORIES, None)
+        known: dict[str, Any] = {} if held is None else held.get_value()
+        missing: dict[str, Any] = {}
+
+        def histories(first):
+            missing.update({path: first[path] for path in first if path not in known})
+            return missing | known
+
+        def run(pure, state):
             return _program.run(
                 caller,
                 pure,
                 rule,
-                arrays,
+                (state,),
                 {},
                 key=lambda: None if keys is None else keys(),
+                state=histories,
                 ask="rngs=nnx.Rngs(..., quantize=0) when it is made",
                 strict=strict,
-                whole=name == "__call__",
+                whole=whole,
                 root=root,
             )
 
-        # The keys stay outside: what is drawn from them inside the trace would be undone at its end.
-        plain = _as(self, cls)
-        vars(plain).pop(KEYS, None)
-        out = pure_and_quantized(plain, args, kwargs)
+        out = _functional(call, (plain, args, kwargs), run)
         vars(self).update(vars(plain))
+        if missing:  # set here, for a Variable belongs to the trace that makes it
+            setattr(self, HISTORIES, Histories(missing | known))
         return out
 
     return method
+
+
+def _functional(call: Callable, nodes: tuple, run: Callable) -> Any:
+    """Returns ``call(*nodes)`` by way of ``run(pure, state)``, a pure function of the state, and updates the nodes.
+
+    Only Variables that change are written, so that a model which an outer transformation closes over can be called; if
+    more than values changes, such as attributes, nnx updates the nodes as a whole.
+    """
+    tag = "qjax"
+    found: dict[str, Any] = {}
+    with nnx.update_context(tag):
+        with nnx.split_context(tag) as context:
+            graphdef, state = context.split(nodes)
+
+        def pure(state):
+            with nnx.merge_context(tag, inner=True) as context:
+                copies = context.merge(graphdef, state)
+            variables, (structure, before) = _variables(copies), nnx.split(copies)
+            values = [jax.tree.leaves(v.get_raw_value()) for v in variables]
+            out = call(*copies)
+            new_structure, after = nnx.split(copies)
+            changed = [
+                (i, v.get_raw_value())
+                for i, (v, old) in enumerate(zip(variables, values, strict=True))
+                if _differ(jax.tree.leaves(v.get_raw_value()), old)
+            ]
+            others = _differ(jax.tree.leaves(after), jax.tree.leaves(before)) - sum(
+                _differ(jax.tree.leaves(value), values[i]) for i, value in changed
+            )
+            if new_structure == structure and not others and not _variables(out):
+                found["changed"] = [i for i, _ in changed]
+                return out, [value for _, value in changed]
+            with nnx.split_context(tag) as context:
+                found["graphdef"], state = context.split((copies, out))
+            return state
+
+        result = run(pure, state)
+        if "graphdef" in found:
+            with nnx.merge_context(tag, inner=False) as context:
+                return context.merge(found["graphdef"], result)[1]
+        out, values = result
+        variables = _variables(nodes)
+        for i, value in zip(found["changed"], values, strict=True):
+            variables[i].set_raw_value(value)
+        return out
+
+
+def _variables(nodes) -> list[nnx.Variable]:
+    return [node for _, node in nnx.iter_graph(nodes) if isinstance(node, nnx.Variable)]
+
+
+def _differ(new: list, old: list) -> int:
+    """Returns how many of the values are others."""
+    return sum(a is not b for a, b in zip(new, old, strict=False)) + abs(len(new) - len(old))
 
 
 @contextlib.contextmanager
@@ -203,8 +278,7 @@ def _layer(cls: type[nnx.Module]) -> Any:
         if self.recipe is not None:
             _give_keys(caller, self, self.recipe, rngs)
 
-    methods = {name: _lifted(cls, name, caller, lambda self: self.recipe, False) for name in _methods(cls)}
-    layer = _subclass(cls, __init__=init, **methods)
+    layer = _subclass(cls, __init__=init, **_lifted_methods(cls, caller, lambda self: self.recipe, False, ""))
     layer.__module__ = __name__
     layer.__doc__ = (
         f"``flax.nnx.{cls.__name__}`` with ``recipe``: a rule as ``quantize`` takes it, None for Flax as it is.\n\n"

@@ -210,12 +210,17 @@ def accumulated(fmt: Format | str, chunk: int = 1, operands: Format | str | None
     return uniform(operands or fmt, accumulator=Accumulator(fmt, chunk=chunk))
 
 
-BF16_ACCUMULATE, FP16_ACCUMULATE = accumulated(BF16, 64), accumulated(FP16, 64)
-"""All operands and the accumulator in bfloat16, and in fp16, 64 products at a time. Source: that of ``accumulated``."""
+BF16_ACCUMULATE = accumulated(BF16, 64)
+"""All operands and the accumulator in bfloat16, 64 products at a time. Source: that of ``accumulated``."""
+
+FP16_ACCUMULATE = accumulated(FP16, 64)
+"""All operands and the accumulator in fp16, 64 products at a time. Source: that of ``accumulated``."""
 
 
 def dfp16(chain: int | None = 64, *, shift: bool = False, detect: bool = False) -> Recipe:
     """Returns dynamic fixed point: int16 operands with one exponent a tensor, pairs of products summed in int32.
+
+    Chains of 2 cannot overflow, nor can chains of 4 with the shift; longer ones rely on the operands.
 
     Args:
       chain: after how many products the register is flushed to float32; None: never.
@@ -227,11 +232,12 @@ def dfp16(chain: int | None = 64, *, shift: bool = False, detect: bool = False) 
     32
 
     Source: Das et al. (2018), Mixed precision training of convolutional neural networks using integer operations,
-    https://arxiv.org/abs/1802.00930, sections 3 and 4. Deviations: the shifted operand is rounded to 15 bits once, not
+    https://arxiv.org/abs/1802.00930, sections 3 and 4; integers are sign and magnitude there, so that the smallest of
+    two's complement is left out. Deviations: the shifted operand is rounded to 15 bits once, not
     to 16 and then shifted; the length of the chain is not published.
     """
     register = Accumulator(Fixed(32, overflow="wrap"), chunk=2, promote=chain, detect=detect)
-    word, short = Quantizer("dfp16"), Quantizer(Scaled(Fixed(15), E8M0, None))
+    word, short = (Quantizer(Scaled(Fixed(bits, symmetric=True), E8M0, None)) for bits in (16, 15))
     lhs = short if shift else word
     gemm = Gemm(lhs, word, register)
     return Recipe(gemm, gemm, gemm)

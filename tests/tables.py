@@ -15,7 +15,7 @@ FLOATS = [
     "fp16", "bf16", "tf32", "dlfloat16", "fp32", "fp64",
     "e1m3", "e1m2finite", "e1m1fn", "e3m0", "ue4m0finite", "e8m1fn",
     "e5m10_nosub", "e4m3fn_nosub", "e8m7_nosub", "e3m0_nosub",
-    "e2m9b-5", "e8m3b135", "e8m3b120", "e9m2", "e11m3", "e7m6fnuz",
+    "e2m9b-5", "e8m3b135", "e8m3b120", "e8m7b120", "e8m3b128", "e9m2", "e11m3", "e7m6fnuz",
     "binary8p1ue", "binary8p1se", "binary8p3se", "binary8p3sf", "binary8p4uf", "binary8p7sf", "binary6p3ue",
     "binary16p11se",
 ]  # fmt: skip

@@ -4,9 +4,13 @@ import doctest
 import pathlib
 import re
 
+import flax.linen
+import flax.nnx
 import pytest
 
 import qjax
+import qjax.linen
+import qjax.nnx
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -27,9 +31,20 @@ def test_every_public_name_is_documented(name):
         assert not thing.__doc__.startswith(f"{name}("), "the docstring is the one that dataclass writes"
 
 
+@pytest.mark.parametrize("module, flax_module", [(qjax.linen, flax.linen), (qjax.nnx, flax.nnx)], ids=["linen", "nnx"])
+def test_every_layer_is_listed(module, flax_module):
+    page = (ROOT / "docs" / "flax.md").read_text()
+    own = {name for name, thing in vars(module).items() if getattr(thing, "__module__", "") == module.__name__}
+    layers = [name for name in own if isinstance(getattr(module, name), type) and hasattr(flax_module, name)]
+    assert len(layers) >= 10
+    for name in layers:
+        assert f"`{name}`" in page
+        assert "Flax" in getattr(module, name).__doc__
+
+
 def test_the_reference_names_nothing_else():
     reference = (ROOT / "docs" / "api.md").read_text()
-    assert set(re.findall(r"^(?:::: qjax\.|### `)(\w+)", reference, re.MULTILINE)) <= set(qjax.__all__)
+    assert set(re.findall(r"^(?:::: qjax\.|### `)(\w+)", reference, re.MULTILINE)) <= {*qjax.__all__, "linen", "nnx"}
 
 
 @pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("README.md")], ids=lambda page: page.name)

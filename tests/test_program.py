@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from programs import E4M3, FAST, IDENTITY, RECIPE, STOCHASTIC, same, text
 
 import qjax
 
-EXACT, E4M3, DRAWN = (qjax.Quantizer(*args) for args in (("fp32",), ("e4m3_tensor",), ("e4m3_tensor", "stochastic")))
-# Quantized to float32 a float32 is itself: all is replaced, and nothing may change.
-IDENTITY, RECIPE, STOCHASTIC = (qjax.Recipe(*3 * [qjax.Gemm(q, q)]) for q in (EXACT, E4M3, DRAWN))
 KEY = jax.random.key(0)
 X, W = jax.random.normal(KEY, (4, 4)), jax.random.normal(jax.random.key(1), (4, 4))
 
@@ -62,7 +60,7 @@ FUNCTIONS = {
     "scan": scanned,
     "scan, backward": functools.partial(scanned, reverse=True, unroll=2),
     "scan in scan": lambda dot, x, w: lax.scan(lambda c, _: (scanned(dot, x + c, w), None), 0.0, length=2)[0],
-    "fori": lambda dot, x, w: lax.fori_loop(0, 2, lambda i, y: dot(y, w) * (i + 1).astype(x.dtype), x).sum(),
+    "fori": lambda dot, x, w: lax.fori_loop(0, 2, lambda i, y: dot(y, w), x).sum(),
     "cond": lambda dot, x, w: lax.cond(x[0, 0] > 0, dot, lambda x, w: x, x, w).sum(),
     "switch": lambda dot, x, w: lax.switch(2, [lambda x, w: x, dot, lambda x, w: dot(w, x)], x, w).sum(),
     "remat": lambda dot, x, w: jax.checkpoint(lambda x: jnp.sin(dot(jnp.sin(dot(x, w)), w)))(x).sum(),
@@ -82,26 +80,23 @@ def lax_dot(x, w):
     return x @ w
 
 
-def same(a, b):
-    """Whether two trees have the same bits, dtypes, weak types and structure."""
-    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        x.dtype == y.dtype and x.weak_type == y.weak_type and np.array_equal(x, y, equal_nan=True) for x, y in leaves
-    )
-
-
 def with_gradients(f):
     return jax.value_and_grad(f, argnums=(0, 1))
 
 
-@pytest.mark.parametrize("recipe", [qjax.Recipe(), IDENTITY], ids=["empty", "identity"])
+def run(f):
+    return jax.jit(with_gradients(f), compiler_options=FAST)(X, W)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_nothing_changes(name, recipe):
+def test_nothing_changes(name):
     f = functools.partial(FUNCTIONS[name], lax_dot)
-    assert same(jax.jit(with_gradients(qjax.quantize(f, recipe)))(X, W), jax.jit(with_gradients(f))(X, W))
+    empty = qjax.quantize(f, qjax.Recipe())
+    assert text(with_gradients(empty), X, W) == text(with_gradients(f), X, W)
+    assert same(run(qjax.quantize(f, IDENTITY)), run(f))
 
 
-@pytest.mark.parametrize("name", ["straight", "jit", "remat", "derivatives of their own"])
+@pytest.mark.parametrize("name", ["jit", "remat"])
 def test_nothing_changes_eagerly(name):
     f = functools.partial(FUNCTIONS[name], lax_dot)
     assert same(with_gradients(qjax.quantize(f, IDENTITY))(X, W), with_gradients(f)(X, W))
@@ -110,14 +105,9 @@ def test_nothing_changes_eagerly(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_it_is_as_written_by_hand(name):
     f = FUNCTIONS[name]
-    dot = by_hand if name != "vmap inside" else jnp.vectorize(by_hand, signature="(a,b),(b,c)->(a,c)")
-    hand = jax.jit(with_gradients(functools.partial(f, dot)))(X, W)
-    got = jax.jit(with_gradients(qjax.quantize(functools.partial(f, lax_dot), RECIPE)))(X, W)
-    if name == "vmap inside":  # one product over the batch, so one tensor: the scale is that of all
-        assert not same(got, hand)
-    else:
-        assert same(got, hand)
-    assert not same(got, jax.jit(with_gradients(functools.partial(f, lax_dot)))(X, W))
+    got = run(qjax.quantize(functools.partial(f, lax_dot), RECIPE))
+    assert same(got, run(functools.partial(f, by_hand)))
+    assert not same(got[0], f(lax_dot, X, W))
 
 
 def test_while_loops_are_as_written_by_hand():
@@ -144,11 +134,10 @@ def test_convolutions_are_replaced():
 
 def test_a_square_batch_confuses_no_operand():
     """lhs alone is quantized, and it is the left one."""
-    q = qjax.Quantizer("e4m3")
-    recipe = qjax.Recipe(qjax.Gemm(q, None), qjax.Gemm(None, q))
-    assert same(qjax.quantize(lax_dot, recipe)(X, W), q(X) @ W)
+    recipe = qjax.Recipe(qjax.Gemm(E4M3, None), qjax.Gemm(None, E4M3))
+    assert same(qjax.quantize(lax_dot, recipe)(X, W), E4M3(X) @ W)
     gradients = jax.vjp(qjax.quantize(lax_dot, recipe), X, W)[1](X)
-    assert same(gradients, jax.vjp(lax_dot, X, q(W))[1](X)[:1] + jax.vjp(lax_dot, X, W)[1](X)[1:])
+    assert same(gradients, jax.vjp(lax_dot, X, E4M3(W))[1](X)[:1] + jax.vjp(lax_dot, X, W)[1](X)[1:])
 
 
 def test_what_is_no_array_stays_what_it_is():
@@ -210,7 +199,7 @@ def test_equal_recipes_compile_once():
         q = qjax.Quantizer(name)
         step(qjax.Recipe(qjax.Gemm(q, q)), X)
     assert len(traces) == 1
-    step(RECIPE, X)
+    step(IDENTITY, X)
     assert len(traces) == 2
 
 
