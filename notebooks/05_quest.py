@@ -29,7 +29,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from char_lm import CONTEXT, LanguageModel, corpus, losses, train, windows
@@ -48,7 +47,8 @@ FAST = os.environ.get("QJAX_FAST") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path()
 FIGURES = Path(tempfile.mkdtemp()) if FAST else HERE / "figures"
 SEEDS = 2 if FAST else 3
-STEPS = 150 if FAST else 400
+STEPS = 100 if FAST else 400
+TESTS = 128 if FAST else 512
 BATCH = 8
 RATE = 5e-3
 WIDTHS = (4, 1) if FAST else (4, 3, 2, 1)
@@ -62,14 +62,15 @@ WIDTHS = (4, 1) if FAST else (4, 3, 2, 1)
 
 # %%
 training_text, held_out_text = corpus()
-print(f"Python {platform.python_version()}: {len(training_text):,} characters to train on, {len(held_out_text):,} held out")
+sizes = f"{len(training_text):,} characters to train on, {len(held_out_text):,} held out"
+print(f"Python {platform.python_version()}: {sizes}")
 
 
 def last_start(text):
     return len(text) - CONTEXT - 1
 
 
-test_windows = windows(held_out_text, np.linspace(0, last_start(held_out_text), 512, dtype=int))
+test_windows = windows(held_out_text, np.linspace(0, last_start(held_out_text), TESTS, dtype=int))
 batches = [
     windows(training_text, np.random.default_rng(seed).integers(0, last_start(training_text), (STEPS, BATCH)))
     for seed in range(SEEDS)
@@ -148,11 +149,12 @@ def threshold(bits):
     return 1.3 * clip if bits == 1 else clip + clip / (2**bits - 1)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def untrusted_share(gemm, x, axis):
     """Returns the share of the elements of an operand whose gradient the mask stops."""
     rotated = gemm.rotate(x, axis=axis)
     mask = jax.grad(lambda x: gemm.lhs(x, axis=axis).sum())(rotated)
-    return float((mask == 0).mean())
+    return (mask == 0).mean()
 
 
 expected = {bits: 2 * stats.norm.sf(threshold(bits)) for bits in WIDTHS}
@@ -160,12 +162,13 @@ untrusted = {}
 for bits in WIDTHS:
     gemm, params = recipes.quest(bits).forward, results["QuEST", bits][0][0]
     apply = jax.jit(functools.partial(models["QuEST", bits].apply, mutable=["inputs"]))
-    _, sown = apply({"params": params}, test_windows[::8, :-1])
+    _, sown = apply({"params": params}, test_windows[:: TESTS // 64, :-1])
     for block in ("block_0", "block_1"):
         for layer in ("qkv", "out", "up", "down"):
             inputs = sown["inputs"][block][f"{layer}_inputs"][0]
             kernel = params[block][layer]["kernel"]
-            untrusted[bits, block, layer] = untrusted_share(gemm, kernel, 0), untrusted_share(gemm, inputs, -1)
+            shares = untrusted_share(gemm, kernel, 0), untrusted_share(gemm, inputs, -1)
+            untrusted[bits, block, layer] = tuple(map(float, shares))
 
 # %% [markdown]
 # ## Result
@@ -200,12 +203,13 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrai
 for family in FAMILIES:
     color, marker = STYLES[family]
     means, halves = np.transpose([interval(gaps[family, bits]) for bits in WIDTHS])
-    lower = np.minimum(halves, 0.9 * means)  # A logarithmic axis has no room for more.
-    left.errorbar(WIDTHS, means, (lower, halves), color=color, marker=marker, ms=6, lw=1.6, capsize=3, elinewidth=1)
+    style = {"color": color, "marker": marker, "ms": 6, "lw": 1.6, "capsize": 3, "elinewidth": 1}
+    left.errorbar(WIDTHS, means, halves, **style)
     left.annotate(family, (WIDTHS[-1], means[-1]), (9, 0), textcoords="offset points", color=color, va="center")
-left.set(xlabel="bits of weights and activations", ylabel="held-out loss minus that of float32 (nats)", yscale="log")
-left.set(title="(a) The price of few bits", xlim=(4.2, 0.0))
-left.set_yticks(ticks := (0.01, 0.02, 0.05, 0.1, 0.2, 0.5), map(str, ticks))
+left.axhline(0, color=GREY, lw=1, zorder=0)
+left.annotate("float32", (4.4, 0), (2, 3), textcoords="offset points", color=GREY, fontsize=9)
+left.set(xlabel="bits of weights and activations", ylabel="held-out loss minus that of float32 (nats)")
+left.set(title="(a) The price of few bits", xlim=(4.4, -0.1))
 
 for which, (operand, face) in enumerate((("weights", "#0072b2"), ("activations", "white"))):
     for bits in WIDTHS:
@@ -216,8 +220,8 @@ for which, (operand, face) in enumerate((("weights", "#0072b2"), ("activations",
 for bits in WIDTHS:
     label = "normal numbers" if bits == WIDTHS[0] else None
     right.plot([bits + 0.3, bits - 0.3], [100 * expected[bits]] * 2, color=GREY, lw=1.6, zorder=0, label=label)
-right.set(xlabel="bits of weights and activations", ylabel="gradients that QuEST does not trust (%)", yscale="log")
-right.set(title="(b) How many elements lie outside the grid", xlim=(4.5, 0.5))
+right.set(xlabel="bits of weights and activations", ylabel="elements whose gradient is not trusted (%)", yscale="log")
+right.set(title="(b) Outside the grid: measured, and of normal numbers", xlim=(4.5, 0.5))
 right.set_yticks(ticks := (0.5, 1, 2, 5, 10, 20, 50), map(str, ticks))
 right.legend(frameon=False, loc="upper left")
 for axes in (left, right):
@@ -227,3 +231,54 @@ for axes in (left, right):
 path = FIGURES / "05_quest.png"
 path.parent.mkdir(exist_ok=True)
 figure.savefig(path, dpi=150)
+
+# %% [markdown]
+# (a) Mean over the seeds with 95 % intervals. (b) Each dot is a layer of the trained network.
+#
+# ## Reading it
+#
+# **The published order comes out.** QuEST is better than the plain estimator at each width, and the gap widens with
+# each bit that is taken away: in the paper, for 30 million parameters, from 0.52 at 4 bits to 1.31 at 1 bit.
+#
+# **The scale explains a part of it.** A grid that reaches to the largest magnitude wastes its few levels on outliers,
+# and with one bit all numbers become as large as the largest. Yet with the best scale, too, the plain estimator costs
+# more than QuEST, most of all at 1 bit; what is left is due to the rotation and the mask.
+#
+# **The mask stops what theory says**, with 2 to 4 bits, as far as weights and activations are normal after the
+# rotation, and activations even with 1 bit. The weights with 1 bit are the exception: more of them lie outside than of
+# normal numbers. The likely reason is that a weight that has got there receives no gradient any more, and only weight
+# decay and the scale of its row can bring it back; with one bit the mask is so narrow that many end there.
+#
+# **What this does not show.** The network has 0.4 million parameters and sees 0.2 million characters; 400 steps are
+# few. The differences to float32 are smaller than the published ones, and QuEST's own at 4 and 3 bits is within the
+# noise of three seeds.
+
+# %% [markdown]
+# ## Conclusion, asserted
+#
+# 1. QuEST's mean held-out loss is below that of either plain estimator at each width; at 3 bits and below it is in each
+#    seed.
+# 2. Its lead on the plain estimator grows with each bit taken away.
+# 3. The untrusted share of the activations, averaged over the layers, is that of normal numbers to a quarter of it;
+#    that of the weights, with 2 bits or more, to a half of it.
+#
+# (In fast mode there are too few steps for the order at 4 bits.)
+
+# %%
+leads = {run: tested - gaps["QuEST", run[1]] for run, tested in gaps.items() if run[0] in FAMILIES}
+for bits in WIDTHS:
+    for family in FAMILIES:
+        lead = leads[family, bits]
+        if family != "QuEST":
+            print(f"{bits} bits: QuEST before {family:18}{lead.mean():.4f}, in each seed {np.round(lead, 4)}")
+            assert lead.mean() > 0 or (FAST and bits == 4)
+            assert lead.min() > 0 or bits == 4
+means = [leads["plain", bits].mean() for bits in WIDTHS]
+assert all(np.diff(means) > 0)
+
+for bits in WIDTHS:
+    weights, activations = np.mean([share for run, share in untrusted.items() if run[0] == bits], axis=0)
+    print(f"{bits} bits: untrusted {weights:.4f} weights, {activations:.4f} activations; theory {expected[bits]:.4f}")
+    assert abs(activations / expected[bits] - 1) < 0.25
+    assert abs(weights / expected[bits] - 1) < 0.5 or bits == 1
+print(path)

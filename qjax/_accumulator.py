@@ -104,11 +104,6 @@ class Accumulator:
             object.__setattr__(self, name, value)
 
     @property
-    def is_watched(self) -> bool:
-        """Whether the order of the sums matters: all but a ``Fixed`` register that just wraps."""
-        return isinstance(self.fmt, Float) or self.detect or self.fmt.overflow == "saturate"
-
-    @property
     def is_stochastic(self) -> bool:
         """Whether it needs a key."""
         return self.rounding.is_stochastic
@@ -133,7 +128,7 @@ def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, fra
     """
     depth, chunk = lhs.shape[-1], accumulator.chunk
     segment = accumulator.promote or max(-(-depth // chunk) * chunk, chunk)
-    if isinstance(accumulator.fmt, Fixed) and not accumulator.is_watched:
+    if isinstance(accumulator.fmt, Fixed) and not accumulator.watches:
         chunk = segment  # sums modulo 2^32 do not depend on their order
     segments = max(-(-depth // segment), 1)
     padding = [(0, 0), (0, 0), (0, segments * segment - depth)]
@@ -216,7 +211,7 @@ def _integer_register(accumulator: Accumulator):
         value, overflowed = register
         part = lax.dot_general(x, y, _ROWS, preferred_element_type=np.int32)
         total = value + part
-        if not accumulator.is_watched:
+        if not accumulator.watches:
             return total, overflowed
         # Two summands of one sign whose sum has the other: 32 bits overflowed.
         beyond = ((value ^ total) & (part ^ total)) < 0

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.extend.core import Literal
 from jaxtyping import Array
 
 from qjax._encode import QTensor, decode, encode
@@ -286,8 +287,9 @@ def _evaluate(program, gemm: Gemm, first, second, given: dict, kept: list | None
     jaxpr = program.jaxpr
     values, of_first = dict(zip(jaxpr.invars, (first, second), strict=True)), {jaxpr.invars[0]}
     for equation in jaxpr.eqns:
-        operands = [values[v] for v in equation.invars]
-        of_first |= set(equation.outvars) if of_first & set(equation.invars) else set()
+        operands = [v.val if isinstance(v, Literal) else values[v] for v in equation.invars]
+        variables = [v for v in equation.invars if not isinstance(v, Literal)]
+        of_first |= set(equation.outvars) if of_first & set(variables) else set()
         if equation.primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
             mine = (gemm, given) if equation.invars[0] in of_first else (gemm.swapped(), swapped(given))
             lhs, rhs = operands
@@ -295,4 +297,5 @@ def _evaluate(program, gemm: Gemm, first, second, given: dict, kept: list | None
         else:
             result = equation.primitive.bind(*operands, **equation.params)
         values[equation.outvars[0]] = result
-    return values[jaxpr.outvars[0]]
+    last = jaxpr.outvars[0]
+    return last.val if isinstance(last, Literal) else values[last]

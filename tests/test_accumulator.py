@@ -402,4 +402,6 @@ def test_convolutions_are_products_of_patches(name):
 def test_an_empty_convolution():
     recipe = Recipe(Gemm(Q("int8"), Q("int8"), Accumulator("int32")))
     x, w = jnp.ones((2, 3, 2, 5), jnp.float32), jnp.ones((4, 3, 3, 3), jnp.float32)
-    assert qjax.conv_general_dilated(x, w, (1, 1), "VALID", recipe=recipe).shape == (2, 4, 0, 3)
+    out, pullback = jax.vjp(lambda x, w: qjax.conv_general_dilated(x, w, (1, 1), "VALID", recipe=recipe), x, w)
+    assert out.shape == (2, 4, 0, 3)
+    assert [np.asarray(g).tolist() == np.zeros(g.shape).tolist() for g in pullback(out)] == [True, True]
