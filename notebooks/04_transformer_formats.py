@@ -298,7 +298,7 @@ figure.savefig(path, dpi=150)
 #
 # **What this does not show.** 0.1 million parameters and 0.3 million characters are few, and so are 600 steps: noise
 # has averaged out less than in the papers, which is to the disadvantage of stochastic rounding, and biases have had
-# less time. Their gaps are also smaller in absolute terms, for their networks are larger.
+# less time to add up.
 
 # %% [markdown]
 # ## Conclusion, asserted
