@@ -240,33 +240,32 @@ for name in ("float32", *EVERYWHERE):
     middle.plot(step, smooth(curves[name]) - smooth(curves["float32"]), **style)
 left.set(xlabel="step", ylabel="training loss (nats a character)", title="(a) All recipes train ...")
 middle.set(xlabel="step", ylabel="training loss minus that of float32", title="(b) ... with 4 bits a little worse")
+for text, name, color, shift, align in (
+    ("4 bits", "MXFP4 nearest", ORANGE, (0, 6), "bottom"),
+    ("8 bits and more", "float32", "#0072b2", (0, -8), "top"),
+):
+    at = 2 * STEPS // 3, smooth(curves[name])[STEPS // 2]
+    left.annotate(
+        text, at, shift, textcoords="offset points", color=color, va=align, ha="left" if shift[1] > 0 else "right"
+    )
 middle.set_ylim(top=1.5 * middle.get_ylim()[1])
 middle.legend(frameon=False, fontsize=8.5, ncols=2, loc="upper left")
 
-row, rows = 0.0, {}
-for heading, group in (("all three products in ...", EVERYWHERE), ("gradient products alone in ...", BACKWARD)):
-    right.annotate(
-        heading,
-        (1, row),
-        (-2, 0),
-        xycoords=right.get_yaxis_transform(),
-        textcoords="offset points",
-        ha="right",
-        va="center",
-        color=GREY,
-        fontsize=9,
-    )
+rows, row = {}, 0.0
+for heading, group in (("all three products in", EVERYWHERE), ("gradient products alone in", BACKWARD)):
+    rows[row] = f"$\\bf{{{heading.replace(' ', '~')}}}$"
     for name in [name for name in group if name in gaps]:
         row -= 1
-        rows[name.removesuffix(", backward"), row] = None
+        rows[row] = name.removesuffix(", backward")
         gap, half = interval(gaps[name])
         color = COLORS.get(name, ORANGE)
         face = color if group is EVERYWHERE else "white"
         right.errorbar(gap, row, xerr=half, fmt="o", ms=6, capsize=3, color=color, mfc=face)
         right.plot(gaps[name], np.full(SEEDS, row - 0.3), "|", ms=5, color=color, alpha=0.6)
-    row -= 1.3
+    row -= 1.4
 right.axvline(0, color=GREY, lw=1, zorder=0)
-right.set_yticks([row for _, row in rows], [name for name, _ in rows])
+right.set_yticks(list(rows), rows.values())
+right.tick_params(axis="y", length=0)
 right.set(xlabel="held-out loss minus that of float32", title="(c) The price in held-out loss", ylim=(row + 0.6, 0.7))
 for axes in (left, middle, right):
     axes.spines[["top", "right"]].set_visible(False)

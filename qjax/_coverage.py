@@ -8,7 +8,7 @@ from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm, Recipe
 from qjax._rounding import Rounding
 from qjax._sites import Site
-from qjax.formats import Fixed, Float, Format, Scaled, format, format_names
+from qjax.formats import Codebook, Fixed, Float, Format, Scaled, format, format_names
 
 HEADER = ("path", "operation", "shapes", "forward", "dlhs", "drhs", "accumulator")
 
@@ -63,7 +63,17 @@ def _gemm_text(gemm: Gemm) -> str:
 def _quantizer_text(quantizer: Quantizer | None) -> str:
     if quantizer is None:
         return "-"
-    return format_text(quantizer.fmt) + _rounding_text(quantizer.rounding)
+    return _shown(quantizer.fmt) + _rounding_text(quantizer.rounding)
+
+
+def _shown(fmt: Format) -> str:
+    """Returns ``format_text``; what has no name is written with the names of its parts."""
+    text, part = format_text(fmt), fmt
+    while isinstance(part, Scaled):
+        text, part = text.replace(repr(part.scale), format_text(part.scale)), part.element
+    if isinstance(part, Codebook):
+        text = text.replace(repr(part), part.name or f"Codebook of {len(part.table)}")
+    return text
 
 
 def _rounding_text(rounding: Rounding) -> str:

@@ -103,6 +103,14 @@ def test_loops_count_their_steps():
     assert "f32[4,4] x f32[4,4], 6 times" in str(qjax.Coverage([site]))
 
 
+def test_formats_without_a_name_are_shown_by_the_names_of_their_parts():
+    named = qjax.Scaled(qjax.midrise(4), qjax.E8M0, 4)
+    unnamed = qjax.Codebook((-1.0, 0.0, 2.0))
+    recipe = qjax.Recipe(qjax.Gemm(qjax.Quantizer(named), qjax.Quantizer(unnamed)))
+    table = str(qjax.coverage(jnp.matmul, jnp.ones((2, 4)), jnp.ones((4, 2)), rule=recipe))
+    assert "| Scaled(midrise4, e8m0, 4) x Codebook of 3 |" in table
+
+
 def test_uncovered_is_what_has_no_recipe_or_an_empty_one():
     def f(x):
         return x @ x @ x
