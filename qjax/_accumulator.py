@@ -179,7 +179,7 @@ def _float_register(accumulator: Accumulator):
             return register + part
         words = None
         if key is not None:
-            bits = min(32, _rounding.max_random_bits(accumulator.rounding, 32))
+            bits = _rounding.max_random_bits(accumulator.rounding, 32)
             words = _rounding.Random(_random.random_words(key, part.shape, bits, 32), bits)
         total = _sum_to_odd(register, part)
         return _rounding.round_to(total, fmt, accumulator.rounding, random=words, saturate=accumulator.saturate)
@@ -229,9 +229,7 @@ def _read(register, accumulator: Accumulator):
     assert isinstance(fmt, Fixed)
     value, overflowed = register
     if fmt.overflow == "wrap" and not accumulator.detect and fmt.bits < 32:
-        value = value << (32 - fmt.bits)
-        value = (
-            value >> (32 - fmt.bits) if fmt.signed else (value.astype(jnp.uint32) >> (32 - fmt.bits)).astype(jnp.int32)
-        )
+        upper = value << (32 - fmt.bits)
+        value = (upper if fmt.signed else upper.astype(jnp.uint32)) >> (32 - fmt.bits)
     value = value.astype(jnp.float32) * np.float32(2.0**-fmt.fraction_bits)
     return jnp.where(overflowed, jnp.float32(np.nan), value) if accumulator.detect else value

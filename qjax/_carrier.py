@@ -88,6 +88,14 @@ def exponent(magnitude, c: Carrier):
     return jnp.where(field > 0, field - c.bias, leading + (1 - c.bias - c.mantissa_bits))
 
 
+def decompose(magnitude, c: Carrier):
+    """Returns (integer, power) with the value ``integer 2^power`` of finite magnitude bits, the hidden bit included."""
+    field = (magnitude >> c.mantissa_bits).astype(c.int)
+    fraction = magnitude & c.uint(2**c.mantissa_bits - 1)
+    integer = jnp.where(field > 0, fraction | c.uint(2**c.mantissa_bits), fraction)
+    return integer, jnp.maximum(field, 1) - (c.bias + c.mantissa_bits)
+
+
 def compose(integer, power, c: Carrier):
     """Returns the bits of ``integer 2^power``, exact if the carrier holds it; infinity above its range."""
     as_float = to_bits(integer.astype(c.float), c)

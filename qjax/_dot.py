@@ -223,13 +223,13 @@ def _product_forward(static: _Static, lhs, rhs, key, state):
 
 
 @jax.custom_jvp
-def _once(x):
+def _undifferentiated(x):
     """Returns an argument of a gradient, which refuses to be differentiated: the derivative of rounding is no 0."""
     return x
 
 
-@_once.defjvp
-def _once_jvp(primals, tangents):
+@_undifferentiated.defjvp
+def _undifferentiated_jvp(primals, tangents):
     raise NotImplementedError(
         "dot_general, conv_general_dilated: the gradient of a quantized product cannot be differentiated again; "
         "take second derivatives with an empty recipe."
@@ -241,8 +241,8 @@ def _product_backward(static: _Static, residuals, gradient):
     (lhs, lhs_slope), (rhs, rhs_slope), key, state, recorded = residuals
     recipe, forward = static.recipe, static.recipe.forward
     saves = (recipe.save_lhs, recipe.save_rhs)
-    lhs, rhs = (_once(_loaded(x, dtype)) for x, dtype in zip((lhs, rhs), static.dtypes, strict=True))
-    gradient = _once(gradient)
+    lhs, rhs = (_undifferentiated(_loaded(x, dtype)) for x, dtype in zip((lhs, rhs), static.dtypes, strict=True))
+    gradient = _undifferentiated(gradient)
     to_lhs = jax.make_jaxpr(functools.partial(static.transpose, 0, mine=lhs))(gradient, rhs)
     to_rhs = jax.make_jaxpr(functools.partial(static.transpose, 1, mine=rhs))(gradient, lhs)
     dlhs = _evaluate(to_lhs, recipe.dlhs, gradient, rhs, _given(key, state, _DLHS, recipe.dlhs))

@@ -166,10 +166,7 @@ def _codes(elements, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         return (elements.astype(jnp.uint32) + np.uint32(fmt.first_code)) & np.uint32(2**fmt.bits - 1)
     bits = _carrier.to_bits(elements, c)
     magnitude, negative = bits & c.uint(c.sign - 1), bits >= c.uint(c.sign)
-    field = (magnitude >> c.mantissa_bits).astype(c.int)
-    fraction = magnitude & c.uint(2**c.mantissa_bits - 1)
-    significand = jnp.where(field > 0, fraction | c.uint(2**c.mantissa_bits), fraction)
-    unit = jnp.maximum(field, 1) - (c.bias + c.mantissa_bits)
+    significand, unit = _carrier.decompose(magnitude, c)
     shift = jnp.asarray(shift, c.int)
     if isinstance(fmt, Fixed):
         integer = _shifted_left(significand, unit - shift - fmt.quantum_exponent, c)

@@ -110,13 +110,14 @@ def plan(jaxpr: core.Jaxpr, choose: Callable[[Any, Place], Hashable | None], pla
             inside=here.inside or ("" if name in _ENTER else name),
             position=(*here.position, i),
         )
-        plans = [(param, tuple(plan(b, choose, within) for b in bodies)) for param, bodies in _bodies(eqn)]
+        plans = [(param, tuple(plan(b, choose, within) for b in bodies)) for param, bodies in jaxprs_of(eqn)]
         if any(any(p) for _, p in plans):
             found.append((i, tuple(plans)))
     return tuple(found)
 
 
-def _bodies(eqn) -> Iterator[tuple[str, list[Any]]]:
+def jaxprs_of(eqn) -> Iterator[tuple[str, list[Any]]]:
+    """Yields the parameters of an equation that hold jaxprs, with these."""
     for name, value in eqn.params.items():
         values = value if isinstance(value, tuple | list) else (value,)
         bodies = [getattr(v, "jaxpr", v) for v in values if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
@@ -127,7 +128,7 @@ def _bodies(eqn) -> Iterator[tuple[str, list[Any]]]:
 def holds(eqn, primitives: frozenset[str]) -> bool:
     """Returns whether an equation is one of the primitives or has one in it."""
     return eqn.primitive.name in primitives or any(
-        holds(e, primitives) for _, bodies in _bodies(eqn) for body in bodies for e in body.eqns
+        holds(e, primitives) for _, bodies in jaxprs_of(eqn) for body in bodies for e in body.eqns
     )
 
 

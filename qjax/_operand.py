@@ -109,7 +109,7 @@ def quantized(
     axis = along if straight and along is not None else -1
 
     wide = _carrier.widen(rows)
-    bits = min(max_random_bits(quantizer.rounding, jnp.finfo(wide.dtype).bits), jnp.finfo(wide.dtype).bits)
+    bits = max_random_bits(quantizer.rounding, jnp.finfo(wide.dtype).bits)
     mode = Mode(fmt, quantizer.rounding, axis, quantizer.saturate, wide.dtype)
     options = {"scale": scale, "random": random(wide, key, None, bits)}
 

@@ -84,7 +84,7 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
         out = accumulated(equation, gemm.accumulator, operands, axes, given["accumulator"])
     else:
         out = _narrow(equation, axes, operands)
-    for operand, scale_shape in zip(operands, _scale_shapes(equation, axes, operands), strict=True):
+    for operand, scale_shape in zip(operands, _scale_shapes(equation, axes), strict=True):
         if operand.scale is not None:
             out = _carrier.apart(out * scale_shape(operand.scale))
     dtype = equation.outvars[0].aval.dtype
@@ -186,7 +186,7 @@ def _dtype(equation, axes: tuple[Axes, Axes], operands: list[Operand]) -> tuple[
     return wide, wide
 
 
-def _scale_shapes(equation, axes: tuple[Axes, Axes], operands: list[Operand]):
+def _scale_shapes(equation, axes: tuple[Axes, Axes]):
     """Returns for each operand the function that brings its scale to the axes of the result."""
     ndim = equation.outvars[0].aval.ndim
     if equation.primitive is lax.dot_general_p:

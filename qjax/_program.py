@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import Literal
 
 from qjax import _dot, _jaxpr
 from qjax._coverage import Coverage
@@ -141,11 +141,12 @@ def _swaps(fn: Callable, operands: tuple) -> bool:
     def visit(jaxpr, first):
         of_first = {v for v, mine in zip(jaxpr.invars, first, strict=True) if mine}
         for eqn in jaxpr.eqns:
-            mine = [v in of_first for v in eqn.invars if not isinstance(v, jax.extend.core.Literal)]
+            mine = [not isinstance(v, Literal) and v in of_first for v in eqn.invars]
             if eqn.primitive.name == "dot_general":
                 found.append(not mine[0])
-            for body in (p.jaxpr for p in eqn.params.values() if isinstance(p, jax.extend.core.ClosedJaxpr)):
-                visit(body, mine)
+            for _, inner in _jaxpr.jaxprs_of(eqn):
+                for body in inner:
+                    visit(body, mine)
             of_first |= set(eqn.outvars) if any(mine) else set()
 
     visit(jax.make_jaxpr(fn)(*operands).jaxpr, (True, False))

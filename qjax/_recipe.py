@@ -79,7 +79,6 @@ class Recipe:
         gradient product rounds it afresh, in blocks along its own contraction. A ``Quantizer``: real storage, the
         ``QTensor`` of ``encode``. "quantized": what the forward product got, rounded and rotated; the gradient
         then passes through the estimator and is rotated back.
-
       history: for delayed scaling, over how many steps the largest magnitude of a tensor is taken. The scales of all
         operands, which must be ``Scaled`` with one a tensor, then follow from the ``state`` that the product is given
         (``init`` makes the first), and the new state is what the gradient with respect to the state is.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax._carrier import Carrier, carrier, compose, from_bits, static_bits, to_bits
+from qjax._carrier import Carrier, carrier, compose, decompose, from_bits, static_bits, to_bits
 from qjax.formats import Fixed, Float
 
 
@@ -456,10 +456,8 @@ def _fraction_of_odd(significand, field, first_field, mantissa_bits: int, c: Car
 
 def _wrap(rounded, negative, fmt: Fixed, c: Carrier):
     """Returns the rounded magnitudes as integers of the format, modulo 2^bits."""
-    field = (rounded >> c.mantissa_bits).astype(c.int)
-    fraction = rounded & c.uint(2**c.mantissa_bits - 1)
-    significand = jnp.where(field > 0, fraction | c.uint(2**c.mantissa_bits), fraction)
-    left = jnp.maximum(field, 1) - (c.bias + c.mantissa_bits) + fmt.fraction_bits
+    significand, power = decompose(rounded, c)
+    left = power + fmt.fraction_bits
     integer = significand << left.astype(c.uint) | significand >> (-left).astype(c.uint)
     integer = jnp.where(rounded >= c.uint(c.inf), c.uint(0), integer)
     integer = jnp.where(negative, -integer, integer) << (c.width - fmt.bits)

@@ -30,6 +30,13 @@ def checked(caller: str, rule: Rule) -> Checked:
     return rule
 
 
+def recipes_of(rule: Checked) -> list[Recipe] | None:
+    """Returns the recipes that a rule names, None if it is a function, which may return any."""
+    if isinstance(rule, Recipe):
+        return [rule]
+    return [recipe for _, recipe in rule if recipe is not None] if isinstance(rule, tuple) else None
+
+
 def _check_recipe(caller: str, what: str, recipe) -> None:
     if not isinstance(recipe, Recipe | None):
         raise TypeError(f"{caller}: {what} must be a Recipe, or None for full precision, got {recipe!r}.")

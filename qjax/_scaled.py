@@ -161,9 +161,19 @@ def _rule(largest, fmt: Scaled):
     if fmt.rule in ("absmax", "mse"):
         scale = _nearest_scale(_quotient(largest, fmt.element.max, c), fmt)
     else:
-        exponent = jnp.clip(_power_of_two(largest, fmt, c), *_exponent_range(fmt.scale, c))
-        scale = _carrier.from_bits(_carrier.compose(jnp.ones_like(exponent), exponent, c), c)
+        scale = _power_scale(_power_of_two(largest, fmt, c), fmt, c)
+    return _of_finite(largest, scale, fmt, c)
+
+
+def _of_finite(largest, scale, fmt: Scaled, c):
+    """Returns the scale of each block, NaN (or the largest) where the block has a NaN or an infinity."""
     return jnp.where(largest >= c.uint(c.inf), c.float(np.nan if fmt.scale.has_nan else fmt.scale.max), scale)
+
+
+def _power_scale(exponent, fmt: Scaled, c):
+    """Returns the scale ``2^exponent``, or the nearest one that there is."""
+    exponent = jnp.clip(exponent, *_exponent_range(fmt.scale, c))
+    return _carrier.from_bits(_carrier.compose(jnp.ones_like(exponent), exponent, c), c)
 
 
 def _exponent_range(scale: Float, c) -> tuple[int, int]:
@@ -183,12 +193,10 @@ def _rms_scale(x, largest, fmt: Scaled, rule: Rms, blocks: Blocks):
     if fmt.power_of_two:
         if rule.log2 == "nearest":
             ratio = ratio * c.float(math.sqrt(2))
-        exponent = _carrier.exponent(_carrier.to_bits(ratio, c), c)
-        exponent = jnp.clip(exponent, *_exponent_range(fmt.scale, c))
-        scale = _carrier.from_bits(_carrier.compose(jnp.ones_like(exponent), exponent, c), c)
+        scale = _power_scale(_carrier.exponent(_carrier.to_bits(ratio, c), c), fmt, c)
     else:
         scale = _nearest_scale(ratio, fmt)
-    return jnp.where(largest >= c.uint(c.inf), c.float(np.nan if fmt.scale.has_nan else fmt.scale.max), scale)
+    return _of_finite(largest, scale, fmt, c)
 
 
 def _power_of_two(largest, fmt: Scaled, c):
@@ -223,8 +231,7 @@ def _best_scale(x, largest, fmt: Scaled, blocks: Blocks, inner: Mode, random: Ra
     c = _carrier.carrier(x.dtype)
     if fmt.power_of_two:
         middle = _power_of_two(largest, fmt, c)
-        exponents = [jnp.clip(middle + i, *_exponent_range(fmt.scale, c)) for i in (0, 1, -1)]
-        candidates = [_carrier.from_bits(_carrier.compose(jnp.ones_like(e), e, c), c) for e in exponents]
+        candidates = [_power_scale(middle + i, fmt, c) for i in (0, 1, -1)]
     else:
         top = _quotient(largest, fmt.element.max, c)
         candidates = [_nearest_scale(top * c.float(1 - i / 32), fmt) for i in range(16)]
@@ -277,8 +284,7 @@ def quantize_apart(x, mode: Mode, *, scale=None, random: Random | None = None) -
         _, parts = quantize(x, mode, scale=scale, random=random)
         return _unshifted(parts.elements, parts.shift), parts.scales[0]
     inner = mode._replace(fmt=fmt.element, saturate=True)
-    scale = _scale_of(x, fmt, inner, blocks, scale, random)
-    scale = _once(scale)
+    scale = _once(_scale_of(x, fmt, inner, blocks, scale, random))
     elements, _ = quantize(_divide(x, blocks.spread(scale)), inner._replace(dtype=x.dtype), random=random)
     return elements, scale
 
@@ -287,9 +293,5 @@ def _unshifted(x, shift):
     """Returns ``x 2^-shift``, exact where x is ``2^shift`` times a normal number."""
     c = _carrier.carrier(x.dtype)
     bits = _carrier.to_bits(x, c)
-    magnitude = bits & c.uint(c.sign - 1)
-    field = (magnitude >> c.mantissa_bits).astype(c.int)
-    fraction = magnitude & c.uint(2**c.mantissa_bits - 1)
-    integer = jnp.where(field > 0, fraction | c.uint(2**c.mantissa_bits), fraction)
-    power = jnp.maximum(field, 1) - (c.bias + c.mantissa_bits) - shift
-    return _carrier.from_bits(_carrier.compose(integer, power, c) | bits & c.uint(c.sign), c)
+    integer, power = _carrier.decompose(bits & c.uint(c.sign - 1), c)
+    return _carrier.from_bits(_carrier.compose(integer, power - shift, c) | bits & c.uint(c.sign), c)

@@ -19,8 +19,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from qjax import _program
 from qjax._coverage import Coverage
-from qjax._recipe import Recipe
-from qjax._rules import Checked, Rule, checked
+from qjax._rules import Checked, Rule, checked, recipes_of
 from qjax._sites import MODULE
 
 M = TypeVar("M", bound=nn.Module)
@@ -163,8 +162,8 @@ def _lifted(cls: type[nn.Module], name: str, caller: str, rule_of, strict: bool,
 
 
 def _has_history(rule: Checked) -> bool:
-    recipes = [rule] if isinstance(rule, Recipe) else [r for _, r in rule] if isinstance(rule, tuple) else None
-    return recipes is None or any(r is not None and r.history is not None for r in recipes)
+    recipes = recipes_of(rule)
+    return recipes is None or any(recipe.history is not None for recipe in recipes)
 
 
 def _in_scope_of_module(call, args, kwargs, context):

@@ -15,8 +15,7 @@ from flax import nnx
 
 from qjax import _program
 from qjax._coverage import Coverage
-from qjax._recipe import Recipe
-from qjax._rules import Checked, Rule, checked
+from qjax._rules import Checked, Rule, checked, recipes_of
 from qjax._sites import MODULE, current_module
 
 M = TypeVar("M", bound=nnx.Module)
@@ -97,8 +96,8 @@ def _as(model: M, cls: type[M]) -> M:
 
 def _give_keys(caller: str, module: nnx.Module, rule: Checked, rngs: nnx.Rngs | None) -> None:
     """Gives a module a stream of keys of its own, if its rule draws."""
-    recipes = [rule] if isinstance(rule, Recipe) else [r for _, r in rule] if isinstance(rule, tuple) else None
-    draws = rngs is not None if recipes is None else any(r is not None and r.is_stochastic for r in recipes)
+    recipes = recipes_of(rule)
+    draws = rngs is not None if recipes is None else any(recipe.is_stochastic for recipe in recipes)
     if draws and (rngs is None or "quantize" not in rngs):
         raise ValueError(
             f"{caller}: a recipe is stochastic; pass rngs with a stream for it, nnx.Rngs(..., quantize=0)."

@@ -61,7 +61,6 @@ def uniform(
 
 
 def _tensor(element: Format) -> Scaled:
-    assert not isinstance(element, Scaled) or element.block is not None
     return Scaled(element, FP32, None)
 
 
