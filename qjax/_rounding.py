@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from qjax._carrier import Carrier, carrier, compose, decompose, from_bits, static_bits, to_bits
@@ -145,13 +146,26 @@ def goes_up(rounding: Rounding, fraction, random: Random, c: Carrier):
     raise AssertionError(rounding)
 
 
-def once(block_values):
-    """Returns an integer array as it is, computed once a block.
+def once(*block_values):
+    """Returns integer arrays of one shape and dtype as they are, computed once a block.
 
     XLA fuses what it can into the work on every element, through optimization barriers too, but not a reduction.
     """
-    pair = lax.broadcasted_iota(block_values.dtype, (*block_values.shape, 2), block_values.ndim)
-    return jnp.max(block_values[..., None] - pair, axis=-1)
+    first = block_values[0]
+    pair = lax.broadcasted_iota(first.dtype, (*first.shape, 2), first.ndim)
+    least = np.array(jnp.iinfo(first.dtype).min, first.dtype)
+    return lax.reduce(
+        [values[..., None] - pair for values in block_values],
+        [least] * len(block_values),
+        lambda left, right: tuple(map(lax.max, left, right)),
+        (first.ndim,),
+    )
+
+
+def _spread_once(spread, *block_values):
+    """Returns arrays computed once a block and spread over its elements; other values as they are."""
+    values = iter(once(*(value for value in block_values if isinstance(value, jax.Array))))
+    return [spread(next(values)) if isinstance(value, jax.Array) else value for value in block_values]
 
 
 def max_random_bits(rounding: Rounding, width: int) -> int:
@@ -170,6 +184,7 @@ def round_to(
     least_shift: int = 0,
     spread=lambda block_values: block_values,
     dtype=None,
+    may_be_nan: bool = True,
 ):
     """Returns float32 or float64 ``x`` rounded, once, to the values of ``2^shift fmt`` that ``dtype`` holds.
 
@@ -182,6 +197,7 @@ def round_to(
       least_shift: the least that an array of shifts holds, but for those of zeros.
       spread: brings an array with an entry for each block to the shape of x.
       dtype: the dtype whose values the result must be, ``x.dtype`` by default.
+      may_be_nan: whether there may be a NaN where the scale is a number.
 
     The format is seen as the numbers ``k 2^max(e - m, q)``: e the exponent of the number, m the mantissa bits, q the
     exponent of the finest spacing. So the low ``max(carrier's m - m, q - exponent of the lowest bit)`` bits go, in
@@ -195,25 +211,9 @@ def round_to(
     grain = fmt.smallest_subnormal if isinstance(fmt, Float) else fmt.eps
     if static:
         grain, least_shift = max(grain, float(held.smallest_subnormal)), shift
-        each = lambda value: value  # noqa: E731
-    else:
-        each = lambda block_values: spread(once(block_values))  # noqa: E731
-        shift = once(shift)
+    power = math.frexp(grain)[1] - 1
     has_subnormals = not isinstance(fmt, Float) or fmt.subnormals is True
     has_zero = not isinstance(fmt, Float) or fmt.has_zero
-    bits = to_bits(x, c)
-    magnitude, sign = bits & c.uint(c.sign - 1), bits & c.uint(c.sign)
-    negative = sign != 0
-    if isinstance(fmt, Float):
-        bound = each(_bound(*fmt._split(fmt.max_code), shift, precision, top, c))
-    else:
-        ends = (fmt.max_integer, -fmt.min_integer)
-        bound, lowest = (
-            each(_bound(end, fmt.quantum_exponent, shift, precision, top, c, on_grid=True)) for end in ends
-        )
-        bound = bound if ends[0] == ends[1] else jnp.where(negative, lowest, bound)
-
-    pattern = magnitude.astype(c.int)
     hidden = c.int(1 << c.mantissa_bits)
     finest = fmt.quantum_exponent + shift + c.bias + c.mantissa_bits
     # Subnormals of the carrier are rounded as the integers that they are, while their spacing in the format is one;
@@ -221,103 +221,144 @@ def round_to(
     least_field = fmt.emin + least_shift + c.bias if isinstance(fmt, Float) else 1
     wide = least_field < (0 if has_subnormals or not has_zero else 2)
     if wide:
-        lowest_field = c.bias + c.mantissa_bits - 1
-        normalized = to_bits(pattern.astype(c.float), c).astype(c.int) - c.int(lowest_field << c.mantissa_bits)
-        # NaN goes with infinity here, so that it cannot overflow.
-        pattern = jnp.where(pattern < hidden, normalized, jnp.minimum(pattern, c.int(c.inf)))
         first = c.int((1 - c.mantissa_bits) << c.mantissa_bits)
         smallest = _pattern(*_ratio(grain, mantissa_bits), shift, c)
-        half = smallest - hidden
+        edge = smallest if rounding.is_stochastic else smallest - hidden
     else:
         finest = max(finest, 1) if static else jnp.maximum(finest, 1)
         first = c.int(1)
         smallest = jnp.maximum(_bits(*_ratio(grain, mantissa_bits), shift, c), first)
-        half = jnp.where(smallest < 2 * hidden, smallest >> 1, smallest - hidden)
-    quantum_field = finest - c.mantissa_bits
+        if rounding.is_stochastic:
+            edge = jnp.where(smallest < 2 * hidden, 0, smallest)
+        else:
+            edge = jnp.where(smallest < 2 * hidden, smallest >> 1, smallest - hidden)
+    ends = [fmt._split(fmt.max_code)] if isinstance(fmt, Float) else []
+    if isinstance(fmt, Fixed):
+        ends = [(end, fmt.quantum_exponent) for end in dict.fromkeys((fmt.max_integer, -fmt.min_integer))]
+    bounds = [_bound(*end, shift, precision, top, c, on_grid=isinstance(fmt, Fixed)) for end in ends]
+    room, parity = c.width - finest, finest - c.mantissa_bits + 1 & 1
+    if isinstance(fmt, Float) and fmt.subnormals == "normal":
+        parity = parity ^ 1
+    if not static:
+        if rounding not in (Rounding.NEAREST_EVEN, Rounding.NEAREST_ODD, Rounding.TO_ODD):
+            parity = 0
+        shift = None if has_zero and has_subnormals else shift
+        room, smallest, edge, parity, shift, *bounds = _spread_once(
+            spread, room, smallest, edge, parity, shift, *bounds
+        )
+
+    bits = to_bits(x, c)
+    magnitude, sign = bits & c.uint(c.sign - 1), bits & c.uint(c.sign)
+    negative = sign != 0
+    pattern = magnitude.astype(c.int)
+    if wide:
+        lowest_field = c.bias + c.mantissa_bits - 1
+        normalized = to_bits(pattern.astype(c.float), c).astype(c.int) - c.int(lowest_field << c.mantissa_bits)
+        # NaN goes with infinity here, so that it cannot overflow.
+        pattern = jnp.where(pattern < hidden, normalized, jnp.minimum(pattern, c.int(c.inf)))
     # In a format whose finest spacing is that of subnormals of the carrier, or that of its first normal numbers, 0 and
     # the smallest value are numbers like the others.
-    coarse = static and not wide and quantum_field > 1
+    coarse = static and not wide and finest - c.mantissa_bits > 1
     in_place = static and not (wide or coarse) and has_subnormals and mantissa_bits > 0
     fewest = c.mantissa_bits - mantissa_bits
+    if static and isinstance(fmt, Fixed) and fmt.overflow == "saturate":
+        fewest = min(max(finest + 1 - _field_beyond(fmt, shift, c), 0), c.mantissa_bits)  # what is larger saturates
     nearest = rounding is Rounding.NEAREST_EVEN
     if nearest and coarse and isinstance(shift, int) and _sum_rounds(fmt, shift, fewest, c):
-        rounded, zero = _nearest_by_sum(pattern, fmt, shift, fewest, c), pattern <= half
+        rounded, zero = _nearest_by_sum(pattern, fmt, shift, fewest, c), pattern <= edge
         in_place = has_subnormals
     else:
-        field, finest = pattern >> c.mantissa_bits, each(finest)
+        field = pattern >> c.mantissa_bits
+        # Whether the subnormals of the carrier are too small to count, for a stochastic mode too.
+        far = coarse and finest - c.mantissa_bits > c.width
+        normal = field if wide or far else jnp.maximum(field, 1)
+        stay, most = normal + room, c.width - fewest
         if least_field == 0 and not wide:
             # The subnormals of the carrier have half the spacing of its first normal numbers.
-            drop = jnp.maximum(finest - field, fewest) - (field == 0).astype(c.int)
-        else:
-            normal = field if wide or coarse else jnp.maximum(field, 1)
-            drop = jnp.maximum(finest - normal, fewest)
-        drop = jnp.minimum(drop, c.mantissa_bits)
-        mask = (c.int(1) << drop) - 1
+            most = most + (field == 0).astype(c.int)
+        above = (c.width - c.mantissa_bits + power - fmt.quantum_exponent) - stay
+        stay = jnp.clip(stay, c.width - c.mantissa_bits, most).astype(c.uint)
+        mask = (c.uint(2**c.width - 1) >> stay).astype(c.int)
         if not rounding.is_stochastic:
             # Where all bits but the hidden one go, the lowest bit of the exponent stands for it, that is for the parity
             # of the code: it is odd at the finest spacing, or even where the codes of normal numbers start at 0.
-            lowest_is_odd = int(not (isinstance(fmt, Float) and fmt.subnormals == "normal"))
-            flip = each((quantum_field + lowest_is_odd & 1) << c.mantissa_bits)
-            odd = (pattern + flip) >> (drop if mantissa_bits > 0 else c.mantissa_bits) & 1
+            last = (c.width - stay).astype(c.int) if mantissa_bits > 0 else c.mantissa_bits
+            odd = (pattern + (parity << c.mantissa_bits)) >> last & 1
             bump = _bump(rounding, mask, odd, negative)
-            smallest = each(smallest)
-            zero = pattern < _least_up(rounding, first, each(half), smallest, negative)
+            zero = pattern < _least_up(rounding, first, edge, smallest, negative)
         else:
             assert random is not None
+            words = random.words
+            if rounding is Rounding.STOCHASTIC_B:
+                words = words | c.uint(1 << (c.width - 1 - random.bits))
             if rounding in (Rounding.STOCHASTIC, Rounding.STOCHASTIC_B):
-                last = 1 << (c.width - 1 - random.bits) if rounding is Rounding.STOCHASTIC_B else 0
-                bump = ((random.words | c.uint(last)) >> (c.width - drop).astype(c.uint)).astype(c.int)
+                bump = (words >> stay).astype(c.int)
             else:
-                fraction = (pattern & mask).astype(c.uint) << (c.width - drop).astype(c.uint)
+                fraction = (pattern & mask).astype(c.uint) << stay
                 bump = jnp.where(goes_up(rounding, fraction, random, c), mask, 0)
             significand = (pattern & (hidden - 1)) | hidden
             sticky = rounding in (Rounding.STOCHASTIC_C, Rounding.STOCHASTIC_EQUAL)
             if wide:
                 significand = jnp.where(magnitude == 0, 0, significand)
-            elif not static or sticky or quantum_field <= c.width:  # else they are too small to count
+            elif sticky or not far:
                 significand = jnp.where(field == 0, pattern, significand)
-                field = jnp.maximum(field, 1)
-            smallest = each(smallest if wide else jnp.where(smallest < 2 * hidden, 0, smallest))
             if isinstance(fmt, Float) and fmt.subnormals == "normal" and mantissa_bits > 0:
-                fraction = _fraction_of_odd(significand, field, each(fmt.emin + c.bias + shift), mantissa_bits, c)
+                fraction = _fraction_of_odd(significand, normal, fmt.emin + c.bias + shift, mantissa_bits, c)
+                zero = (pattern < edge) & ~goes_up(rounding, fraction, random, c)
+            elif far and not sticky and _floats_compare(power + shift, c):
+                zero = _goes_to_zero(pattern, power + shift, words, c)
             else:
-                fraction = _fraction_of_power(significand, (smallest >> c.mantissa_bits) - field, sticky, c)
-            zero = (pattern < smallest) & ~goes_up(rounding, fraction, random, c)
+                fraction = _fraction_of_power(significand, above, sticky, c)
+                zero = (pattern < edge) & ~goes_up(rounding, fraction, random, c)
         rounded = (pattern + bump) & ~mask
     if wide:
         rounded = jnp.maximum(rounded, smallest)
         down = 1 - (rounded >> c.mantissa_bits)
         denormalized = ((rounded & (hidden - 1)) | hidden) >> jnp.clip(down, 0, c.width - 1)
         rounded = jnp.where(down > 0, denormalized, rounded)
-    rounded, largest = rounded.astype(c.uint), bound.astype(c.uint)
+    rounded, largest = rounded.astype(c.uint), bounds[0].astype(c.uint)
+    if len(bounds) > 1:
+        largest = jnp.where(negative, bounds[1].astype(c.uint), largest)
     if not (wide or in_place):
         # Compared without a sign, which a NaN may have reached.
         rounded = jnp.maximum(rounded, smallest.astype(c.uint))
-    if has_zero and not in_place:
-        rounded = jnp.where(zero, c.uint(0), rounded)
+    if not has_zero or in_place:
+        zero = rounded == 0
 
     if static and finest > 2 * c.bias + c.mantissa_bits:
         rounded = jnp.where(magnitude < c.uint(c.inf), rounded, c.uint(c.inf))
     if isinstance(fmt, Fixed) and fmt.overflow == "wrap":
-        return _wrap(rounded, negative, fmt, c)
+        return _wrap(jnp.where(zero, c.uint(0), rounded), negative, fmt, c)
     if isinstance(fmt, Fixed):
-        result = jnp.minimum(rounded, largest)
-        result = jnp.where((result == 0) | (magnitude > c.uint(c.inf)), c.uint(0), result | sign)
+        nonzero = ~zero & (magnitude <= c.uint(c.inf)) & (fmt.signed | ~negative)
+        result = jnp.where(nonzero, jnp.minimum(rounded, largest) | sign, c.uint(0))
     else:
+        rounded = jnp.where(zero, c.uint(0), rounded)
         lowest = c.uint(0)
         if not has_zero:
-            exponent = math.frexp(grain)[1] - 1 + shift
+            exponent = power + shift
             lowest = compose(jnp.ones_like(exponent, c.int), jnp.asarray(exponent, c.int), c)
         result = _special(
-            jnp.maximum(rounded, lowest), magnitude, sign, lowest, largest, fmt, rounding, saturate or not static, c
+            jnp.maximum(rounded, lowest),
+            magnitude,
+            sign,
+            lowest,
+            largest,
+            (magnitude > c.uint(c.inf)) & may_be_nan,
+            fmt,
+            rounding,
+            saturate or not static,
+            c,
         )
     if not static:
-        scale_is_nan = finest - (fmt.quantum_exponent + c.mantissa_bits) > 2 * c.bias
+        scale_is_nan = c.width - room - (fmt.quantum_exponent + c.mantissa_bits) > 2 * c.bias
         result = jnp.where(scale_is_nan, c.uint(c.nan), result)
     return from_bits(result, c)
 
 
-def _special(rounded, magnitude, sign, lowest, largest, fmt: Float, rounding: Rounding, saturate: bool, c: Carrier):
+def _special(
+    rounded, magnitude, sign, lowest, largest, nan, fmt: Float, rounding: Rounding, saturate: bool, c: Carrier
+):
     """Returns the bits of the result: signs, overflow, infinities, NaN, and negative numbers in unsigned formats.
 
     Args:
@@ -326,8 +367,9 @@ def _special(rounded, magnitude, sign, lowest, largest, fmt: Float, rounding: Ro
       sign: the sign bits of x.
       lowest: the lowest magnitude of the format, 0 if it has zero.
       largest: the largest one.
+      nan: whether x is a NaN.
     """
-    inf, negative, nan = c.uint(c.inf), sign != 0, magnitude > c.uint(c.inf)
+    inf, negative = c.uint(c.inf), sign != 0
     saturate = saturate or not (fmt.has_inf or fmt.has_nan)
     if saturate:
         result = jnp.minimum(rounded, largest)
@@ -386,6 +428,22 @@ def _nearest_by_sum(pattern, fmt: Float | Fixed, shift: int, fewest: int, c: Car
     total = to_bits(from_bits(pattern, c) + from_bits(power, c), c).astype(c.int)
     spacing = from_bits(power - c.int(c.mantissa_bits << c.mantissa_bits), c)
     return to_bits((total - power).astype(c.float) * spacing, c).astype(c.int)
+
+
+def _floats_compare(power: int, c: Carrier) -> bool:
+    """Returns whether ``_goes_to_zero`` may be used where the smallest value is ``2^power``."""
+    return c.width == 32 and 1 - c.bias <= c.width - power <= c.bias  # TPUs emulate float64
+
+
+def _goes_to_zero(pattern, power: int, words, c: Carrier):
+    """Returns whether a number goes to 0, not to ``2^power`` or beyond, by STOCHASTIC with these random words.
+
+    That is whether ``floor(d 2^N) <= t`` with t the complement of the random word. No float lies between t and t
+    rounded down to a float, which the hardware does once the bit below the last that stays is zero.
+    """
+    scaled = jnp.floor(from_bits(pattern, c) * c.float(2.0 ** (c.width - power)))
+    complement = ~words
+    return scaled <= (complement & ~(complement >> (c.mantissa_bits + 1))).astype(c.float)
 
 
 def _ratio(value: float, mantissa_bits: int) -> tuple[int, int]:

@@ -82,8 +82,10 @@ def _quantize_blocks(x, fmt: Scaled, mode: Mode, scale, random: Random | None) -
     if fmt.zero_point is not None:
         scale = None if scale is None else _given_scale(scale, fmt, blocks)
         return _quantize_affine(x, fmt, inner, blocks, scale, random)
+    # A block with a NaN gets a scale that is NaN.
+    may_be_nan = scale is not None or not fmt.scale.has_nan
     scale = _scale_of(x, fmt, inner, blocks, scale, random)
-    return _quantize_with(x, scale, fmt, blocks, inner, random)
+    return _quantize_with(x, scale, fmt, blocks, inner, random, may_be_nan)
 
 
 def _given_scale(scale, fmt: Scaled, blocks: Blocks):
@@ -100,10 +102,11 @@ def _scale_of(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random: Random
     return _best_scale(x, largest, fmt, blocks, inner, random) if fmt.rule == "mse" else _rule(largest, fmt)
 
 
-def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: Random | None) -> tuple[Any, Parts]:
+def _quantize_with(
+    x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: Random | None, may_be_nan: bool = True
+) -> tuple[Any, Parts]:
     """Returns x quantized with the given scale of each block."""
     c = _carrier.carrier(x.dtype)
-    scale = _once(scale)
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
         shift = _carrier.exponent(_carrier.to_bits(scale, c), c)
         elements = _rounding.round_to(
@@ -116,9 +119,11 @@ def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: R
             least_shift=_exponent_range(fmt.scale, c)[0],
             spread=blocks.spread,
             dtype=inner.dtype,
+            may_be_nan=may_be_nan,
         )
         stored = jnp.where(blocks.spread(jnp.isnan(scale)), c.float(0), elements)
         return elements, Parts(stored, blocks.spread(shift), (scale,))
+    scale = _once(scale)
     spread = blocks.spread(scale)
     value, parts = quantize(_divide(x, spread), inner._replace(dtype=x.dtype), random=random)
     return _hold(multiply(value, spread), inner.dtype), parts._replace(scales=(scale, *parts.scales))
@@ -127,7 +132,7 @@ def _quantize_with(x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: R
 def _once(scale):
     """Returns scales as they are, computed once a block."""
     c = _carrier.carrier(scale.dtype)
-    return _carrier.from_bits(_rounding.once(_carrier.to_bits(scale, c).astype(c.int)).astype(c.uint), c)
+    return _carrier.from_bits(_rounding.once(_carrier.to_bits(scale, c).astype(c.int))[0].astype(c.uint), c)
 
 
 def _hold(value, dtype):
