@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.extend.core import Literal
 from jaxtyping import Array
 
 from qjax._encode import QTensor, decode, encode
+from qjax._jaxpr import is_literal
 from qjax._operand import Operand, restored, stored
 from qjax._product import axes_of, product, rotated, swapped
 from qjax._quantizer import Quantizer
@@ -287,8 +287,8 @@ def _evaluate(program, gemm: Gemm, first, second, given: dict, kept: list | None
     jaxpr = program.jaxpr
     values, of_first = dict(zip(jaxpr.invars, (first, second), strict=True)), {jaxpr.invars[0]}
     for equation in jaxpr.eqns:
-        operands = [v.val if isinstance(v, Literal) else values[v] for v in equation.invars]
-        variables = [v for v in equation.invars if not isinstance(v, Literal)]
+        operands = [v.val if is_literal(v) else values[v] for v in equation.invars]
+        variables = [v for v in equation.invars if not is_literal(v)]
         of_first |= set(equation.outvars) if of_first & set(variables) else set()
         if equation.primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
             mine = (gemm, given) if equation.invars[0] in of_first else (gemm.swapped(), swapped(given))
@@ -298,4 +298,4 @@ def _evaluate(program, gemm: Gemm, first, second, given: dict, kept: list | None
             result = equation.primitive.bind(*operands, **equation.params)
         values[equation.outvars[0]] = result
     last = jaxpr.outvars[0]
-    return last.val if isinstance(last, Literal) else values[last]
+    return last.val if is_literal(last) else values[last]

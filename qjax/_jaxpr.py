@@ -6,12 +6,14 @@ Three steps: ``trace`` makes the jaxpr of a function, ``plan`` asks of each of i
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core, source_info_util
+
+if TYPE_CHECKING:
+    from jax.extend import core
 
 Plan = tuple[tuple[int, Any], ...]
 """What replaces the equations of a jaxpr: (position, replacement) pairs, hashable.
@@ -30,7 +32,7 @@ class Program(NamedTuple):
       output: makes what the function returns from what the jaxpr returns.
     """
 
-    jaxpr: core.ClosedJaxpr
+    jaxpr: "core.ClosedJaxpr"
     arrays: list[Any]
     output: Callable[[Sequence[Any]], Any]
 
@@ -85,7 +87,7 @@ def trace(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> Program:
     return Program(jaxpr, arrays, output)
 
 
-def plan(jaxpr: core.Jaxpr, choose: Callable[[Any, Place], Hashable | None], place: Place = Place()) -> Plan:  # noqa: B008
+def plan(jaxpr: "core.Jaxpr", choose: Callable[[Any, Place], Hashable | None], place: Place = Place()) -> Plan:  # noqa: B008
     """Returns what ``choose(equation, place)`` answers for each equation, however deep, in the order of the program.
 
     Args:
@@ -116,11 +118,16 @@ def plan(jaxpr: core.Jaxpr, choose: Callable[[Any, Place], Hashable | None], pla
     return tuple(found)
 
 
+def is_literal(atom) -> bool:
+    """Returns whether an operand of an equation is a constant."""
+    return hasattr(atom, "val")
+
+
 def jaxprs_of(eqn) -> Iterator[tuple[str, list[Any]]]:
     """Yields the parameters of an equation that hold jaxprs, with these."""
     for name, value in eqn.params.items():
         values = value if isinstance(value, tuple | list) else (value,)
-        bodies = [getattr(v, "jaxpr", v) for v in values if isinstance(v, core.Jaxpr | core.ClosedJaxpr)]
+        bodies = [getattr(v, "jaxpr", v) for v in values if hasattr(v, "eqns")]
         if bodies:
             yield name, bodies
 
@@ -133,17 +140,19 @@ def holds(eqn, primitives: frozenset[str]) -> bool:
 
 
 def evaluate(
-    jaxpr: core.Jaxpr, consts: Sequence[Any], plan: Plan, args: Sequence[Any], key=None, state: dict | None = None
+    jaxpr: "core.Jaxpr", consts: Sequence[Any], plan: Plan, args: Sequence[Any], key=None, state: dict | None = None
 ) -> list[Any]:
     """Returns the outputs of a jaxpr with the equations of a plan replaced.
 
     With a key, each replacement gets one of its own: the number of the replacement is folded in, in loops that of the
     iteration, in ``shard_map`` that of the shard. Of the state each gets the entry of its name, in a scan its step's.
     """
+    from jax.extend import source_info_util  # loads Pallas, which `import qjax` should not
+
     env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
 
     def read(atom):
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
+        return atom.val if is_literal(atom) else env[atom]
 
     numbered = {position: (number, replacement) for number, (position, replacement) in enumerate(plan)}
     for i, eqn in enumerate(jaxpr.eqns):
@@ -163,8 +172,8 @@ def evaluate(
     return [read(v) for v in jaxpr.outvars]
 
 
-def _run(closed: core.ClosedJaxpr | core.Jaxpr, plan: Plan, args: Sequence[Any], key, state=None) -> list[Any]:
-    jaxpr, consts = (closed.jaxpr, closed.consts) if isinstance(closed, core.ClosedJaxpr) else (closed, ())
+def _run(closed: "core.ClosedJaxpr | core.Jaxpr", plan: Plan, args: Sequence[Any], key, state=None) -> list[Any]:
+    jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
     return evaluate(jaxpr, consts, plan, args, key, state)
 
 
@@ -200,7 +209,7 @@ def _jit(params, plans, args, key, state):
 
 
 @functools.lru_cache(maxsize=512)
-def _jitted(jaxpr: core.ClosedJaxpr, plan: Plan, settings: tuple):
+def _jitted(jaxpr: "core.ClosedJaxpr", plan: Plan, settings: tuple):
     def fn(key, state, *args):
         return tuple(_run(jaxpr, plan, args, key, state))
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import Literal
 
 from qjax import _dot, _jaxpr
 from qjax._coverage import Coverage
@@ -141,7 +140,7 @@ def _swaps(fn: Callable, operands: tuple) -> bool:
     def visit(jaxpr, first):
         of_first = {v for v, mine in zip(jaxpr.invars, first, strict=True) if mine}
         for eqn in jaxpr.eqns:
-            mine = [not isinstance(v, Literal) and v in of_first for v in eqn.invars]
+            mine = [not _jaxpr.is_literal(v) and v in of_first for v in eqn.invars]
             if eqn.primitive.name == "dot_general":
                 found.append(not mine[0])
             for _, inner in _jaxpr.jaxprs_of(eqn):

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import source_info_util
 
 from qjax import _jaxpr
 from qjax._recipe import Recipe
@@ -138,6 +137,8 @@ def _path(names: tuple[str, ...], root: str) -> str:
 
 def current_module() -> str:
     """Returns the path of the module whose scope this is called in, or ""."""
+    from jax.extend import source_info_util
+
     names = [s.name for s in source_info_util.current_name_stack().stack if s.name.startswith(MODULE)]
     return names[-1][len(MODULE) :] if names else ""
 
@@ -155,6 +156,8 @@ def _fixed(site: Site, place: _jaxpr.Place) -> str:
 
 def _source(eqn) -> str:
     """Returns the innermost line outside the libraries that asked for an equation, as file:line."""
+    from jax.extend import source_info_util
+
     libraries = [pathlib.Path(__file__).parent] + [
         pathlib.Path(sys.modules[name].__file__ or "").parent for name in ("flax",) if name in sys.modules
     ]
