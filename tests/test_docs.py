@@ -11,6 +11,7 @@ import pytest
 import qjax
 import qjax.linen
 import qjax.nnx
+import qjax.optim
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -29,6 +30,12 @@ def test_every_public_name_is_documented(name):
         assert f"\n::: qjax.{name}\n" in reference
         assert thing.__doc__ and thing.__module__.startswith("qjax")
         assert not thing.__doc__.startswith(f"{name}("), "the docstring is the one that dataclass writes"
+
+
+@pytest.mark.parametrize("name", getattr(qjax.optim, "__all__", ()))
+def test_every_optimizer_is_documented(name):
+    assert f"\n::: qjax.optim.{name}\n" in (ROOT / "docs" / "api.md").read_text()
+    assert getattr(qjax.optim, name).__doc__
 
 
 @pytest.mark.parametrize("module, flax_module", [(qjax.linen, flax.linen), (qjax.nnx, flax.nnx)], ids=["linen", "nnx"])

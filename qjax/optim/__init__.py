@@ -1,0 +1,1 @@
+"""optax transformations in low precision."""
