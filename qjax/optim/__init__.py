@@ -1,1 +1,8 @@
-"""optax transformations in low precision."""
+"""optax transformations in low precision, and controllers that change a precision while training."""
+
+from qjax.optim._annealing import bit_width_schedule, chop_fixed
+
+__all__ = [
+    "bit_width_schedule",
+    "chop_fixed",
+]
