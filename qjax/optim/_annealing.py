@@ -65,7 +65,7 @@ def bit_width_schedule(formats: Mapping[int, Format | str]) -> BitWidthSchedule:
     """
     steps = sorted(formats)
     if not steps or steps[0] != 0:
-        raise ValueError(f"bit_width_schedule: formats must begin at step 0, got the steps {steps}; add a format for 0.")
+        raise ValueError(f"bit_width_schedule: formats must begin at step 0, got {steps}; add a format for 0.")
     return BitWidthSchedule(tuple((step, format(formats[step])) for step in steps))
 
 
@@ -103,7 +103,9 @@ def chop_fixed(
     """
     x = jnp.asarray(x) if isinstance(x, np.ndarray) and x.dtype == np.float32 else x
     if not isinstance(x, jax.Array) or x.dtype != np.float32:
-        raise TypeError(f"chop_fixed: x must be a float32 array, got {getattr(x, 'dtype', type(x).__name__)}; convert it.")
+        raise TypeError(
+            f"chop_fixed: x must be a float32 array, got {getattr(x, 'dtype', type(x).__name__)}; convert it."
+        )
     for name, value, low, high in (("bits", bits, 1, 32), ("fraction_bits", fraction_bits, -90, 120)):
         if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
             raise TypeError(f"chop_fixed: {name} must be an integer, got {jnp.result_type(value)}; round it.")
