@@ -41,8 +41,8 @@ class Expanded:
     ['0.999', '0.899', '1.100', '0.951']
 
     Source: Xi et al. (2024), COAT, https://arxiv.org/abs/2410.19313, section 4.1. There x is first divided by
-    ``sqrt(M m)``, and the result by a scale of its own; both cancel, and are not stored. The bound ``max^2 / 2`` is that
-    of the released code, whose k has no bound and divides by zero where all magnitudes are equal.
+    ``sqrt(M m)``, and the result by a scale of its own; both cancel, and are not stored. The bound is that
+    of the released code, whose k is unbounded, and divides by zero where all magnitudes are equal.
     """
 
     fmt: Float
