@@ -44,3 +44,15 @@ def gradients():
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), gradient
 
     return jax.lax.scan(step, initial(), batches())[1]
+
+
+def updates(optimizer, gradients, params=None):
+    """Returns the updates of an optimizer at every step, stacked, and its last state; the parameters do not move."""
+    params = initial() if params is None else params
+
+    def step(state, gradient):
+        updates, state = optimizer.update(gradient, state, params)
+        return state, updates
+
+    state, stacked = jax.jit(lambda state: jax.lax.scan(step, state, gradients))(optimizer.init(params))
+    return stacked, state

@@ -29,6 +29,12 @@ OPTIMIZERS = [
     Row("adam, for comparison", lambda: optax.adam(1e-2)),
     Row("stable_spam", lambda: optim.stable_spam(1e-2, reset_interval=20, total_steps=50)),
     Row("sgd_sai", lambda: optim.sgd_sai(3e-2)),
+    Row(
+        "galore",
+        lambda: optax.chain(
+            optim.galore(optax.scale_by_adam(), 8, update_gap=5, scale=1.0), optax.scale_by_learning_rate(2e-2)
+        ),
+    ),
     Row("loss_scaling", lambda: optim.loss_scaling(optax.adam(1e-2), growth_interval=8), optim.loss_scale),
 ]
 
