@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -167,16 +168,24 @@ def _codes(elements, fmt: Float | Fixed | Codebook, shift, c: Carrier):
     bits = _carrier.to_bits(elements, c)
     magnitude, negative = bits & c.uint(c.sign - 1), bits >= c.uint(c.sign)
     significand, unit = _carrier.decompose(magnitude, c)
-    shift = jnp.asarray(shift, c.int)
+    static, shift = isinstance(shift, int), jnp.asarray(shift, c.int)
     if isinstance(fmt, Fixed):
         integer = _shifted_left(significand, unit - shift - fmt.quantum_exponent, c)
         return jnp.where(negative, -integer, integer) & c.uint(2**fmt.bits - 1)
 
-    exponent = jnp.maximum(_carrier.exponent(magnitude, c) - shift, fmt.emin)
-    integer = _shifted_left(significand, unit - shift - (exponent - fmt.mantissa_bits), c)
-    # A normal number has its hidden bit in the integer: it is the 1 of the exponent field.
-    place = (exponent - fmt.emin).astype(c.uint) << fmt.mantissa_bits
-    code = place + integer
+    if static and _is_coarse(fmt, c):
+        # The sum of a subnormal number and 2^m of its spacings has it for its fraction, m the carrier's mantissa bits.
+        ones = c.uint(fmt.quantum_exponent + c.mantissa_bits + c.bias << c.mantissa_bits)
+        subnormal = _carrier.to_bits(_carrier.from_bits(magnitude, c) + _carrier.from_bits(ones, c), c) - ones
+        finer = c.mantissa_bits - fmt.mantissa_bits
+        normal = (magnitude >> finer) - c.uint((c.bias - fmt.bias) << fmt.mantissa_bits)
+        code = jnp.where(magnitude < c.uint(fmt.emin + c.bias << c.mantissa_bits), subnormal, normal)
+    else:
+        exponent = jnp.maximum(_carrier.exponent(magnitude, c) - shift, fmt.emin)
+        integer = _shifted_left(significand, unit - shift - (exponent - fmt.mantissa_bits), c)
+        # A normal number has its hidden bit in the integer: it is the 1 of the exponent field.
+        place = (exponent - fmt.emin).astype(c.uint) << fmt.mantissa_bits
+        code = place + integer
     if fmt.subnormals == "normal":
         code = jnp.where(magnitude == 0, c.uint(0), code - c.uint(2**fmt.mantissa_bits))
     if fmt.has_inf:
@@ -254,6 +263,11 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
 
     negative = (codes >> (fmt.bits - 1) == 1) if fmt.signed else jnp.zeros_like(codes, dtype=bool)
     code = codes & c.uint(2 ** (fmt.exponent_bits + fmt.mantissa_bits) - 1)
+    if isinstance(shift, int) and _is_coarse(fmt, c):
+        normal = (code << (c.mantissa_bits - fmt.mantissa_bits)) + c.uint((c.bias - fmt.bias) << c.mantissa_bits)
+        subnormal = code.astype(c.int).astype(c.float) * c.float(2.0**fmt.quantum_exponent)
+        bits = jnp.where(code < c.uint(2**fmt.mantissa_bits), _carrier.to_bits(subnormal, c), normal)
+        return _signed(bits, code, codes, negative, fmt, c)
     field = (code >> fmt.mantissa_bits).astype(c.int)
     fraction = code & c.uint(2**fmt.mantissa_bits - 1)
     hidden = c.uint(2**fmt.mantissa_bits)
@@ -266,6 +280,17 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         integer = jnp.where(field > 0, fraction | hidden, beneath)
         field = jnp.maximum(field, 1)
     bits = _carrier.compose(integer, field - (fmt.bias + fmt.mantissa_bits) + shift, c)
+    return _signed(bits, code, codes, negative, fmt, c)
+
+
+def _is_coarse(fmt: Float, c: Carrier) -> bool:
+    """Returns whether all values of a format with subnormals are normal numbers of the carrier, which is finer."""
+    in_range = fmt.quantum_exponent > -c.bias and math.frexp(fmt.max)[1] <= c.bias
+    return fmt.subnormals is True and in_range and 0 < fmt.mantissa_bits < c.mantissa_bits
+
+
+def _signed(bits, code, codes, negative, fmt: Float, c: Carrier):
+    """Returns magnitudes with the sign, the infinities and NaNs of their codes."""
     if fmt.has_inf:
         bits = jnp.where(code == c.uint(fmt.max_code + 1), c.uint(c.inf), bits)
     bits = jnp.where(negative, bits | c.uint(c.sign), bits)

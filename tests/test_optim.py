@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qjax import optim
 
@@ -35,6 +35,7 @@ OPTIMIZERS = [
             optim.galore(optax.scale_by_adam(), 8, update_gap=5, scale=1.0), optax.scale_by_learning_rate(2e-2)
         ),
     ),
+    Row("q_galore", lambda: optim.q_galore(3e-2, 8, key=jax.random.key(0), update_gap=20, scale=1.0)),
     Row("loss_scaling", lambda: optim.loss_scaling(optax.adam(1e-2), growth_interval=8), optim.loss_scale),
 ]
 
@@ -138,7 +139,7 @@ def test_in_a_chain(row):
 @every_optimizer
 def test_sharded(row):
     """Sums over shards are added in another order: within 1e-5 of the largest update of a tensor."""
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
     def shard(x):
         spec = PartitionSpec("data") if x.ndim and x.shape[0] % 8 == 0 else PartitionSpec()

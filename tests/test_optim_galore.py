@@ -5,6 +5,7 @@ for the gradients on digits that is below 1e-4, and the tolerance is 1e-3.
 """
 
 import digits
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -102,6 +103,24 @@ def test_other_tensors_go_to_the_inner_transformation_as_they_are():
     assert state.projections["out"] == {"kernel": None, "bias": None}
     np.testing.assert_allclose(updates["out"]["kernel"], plain["out"]["kernel"], rtol=1e-5)
     np.testing.assert_allclose(updates["gain"], plain["gain"], rtol=1e-5)
+
+
+def test_q_galore_holds_weights_and_moments_in_8_bits():
+    params = digits.initial()
+    params["hidden"]["kernel"] = qjax.chop(params["hidden"]["kernel"], "uint8_g256")
+    gradients = jax.tree.map(lambda g: g[0], digits.gradients())
+    optimizer = optim.q_galore(0.01, 16, key=jax.random.key(0), min_size=256, weight_decay=0.1)
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    held = [leaf.fmt.element.bits for leaf in jax.tree.leaves(state, is_leaf=is_qtensor) if is_qtensor(leaf)]
+    assert sorted(held) == [4, 8, 8, 8, 8]  # A basis, and the moments of the two kernels.
+    # Every row is a block, whose ends the zero point moves by up to half a step: 254 or 255 steps lie between them.
+    weights = np.asarray(optax.apply_updates(params, updates)["hidden"]["kernel"], np.float64)
+    codes = [weights * steps / np.ptp(weights, axis=1, keepdims=True) for steps in (254, 255)]
+    assert (np.min([np.abs(c - np.round(c)).max(1) for c in codes], axis=0) < 0.01).all()
+
+
+def is_qtensor(x):
+    return isinstance(x, qjax.QTensor)
 
 
 @pytest.mark.parametrize("name", ["rank", "update_gap", "queue_size"])

@@ -1,9 +1,28 @@
 """optax transformations in low precision."""
 
-from qjax.optim._galore import GaLoreState, Projection, galore
-from qjax.optim._loss_scaling import LossScalingState, loss_scale, loss_scaling
-from qjax.optim._sgd_sai import ScaleBySgdSaiState, scale_by_sgd_sai, sgd_sai
-from qjax.optim._stable_spam import ScaleByStableSpamState, scale_by_stable_spam, stable_spam
+from qjax.optim._adamw import adamw_4bit, adamw_8bit, coat_adamw
+from qjax.optim._chop import chop_params, chop_updates
+from qjax.optim._chop_state import chop_state
+from qjax.optim._galore import galore, q_galore
+from qjax.optim._loss_scaling import loss_scale, loss_scaling
+from qjax.optim._sgd_sai import scale_by_sgd_sai, sgd_sai
+from qjax.optim._stable_spam import scale_by_stable_spam, stable_spam
+from qjax.optim._storage import Expanded
 
-__all__ = ["galore", "loss_scale", "loss_scaling", "scale_by_sgd_sai", "scale_by_stable_spam", "sgd_sai", "stable_spam"]
-__all__ += ["GaLoreState", "LossScalingState", "Projection", "ScaleBySgdSaiState", "ScaleByStableSpamState"]
+__all__ = [
+    "Expanded",
+    "adamw_4bit",
+    "adamw_8bit",
+    "chop_params",
+    "chop_state",
+    "chop_updates",
+    "coat_adamw",
+    "galore",
+    "loss_scale",
+    "loss_scaling",
+    "q_galore",
+    "scale_by_sgd_sai",
+    "scale_by_stable_spam",
+    "sgd_sai",
+    "stable_spam",
+]

@@ -8,7 +8,10 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from qjax._encode import QTensor, decode, encode
+from qjax._quantizer import Quantizer
 from qjax.formats import Format, format
+from qjax.optim._chop import chop_params
+from qjax.optim._chop_state import chop_state
 
 
 class Projection(NamedTuple):
@@ -104,7 +107,7 @@ def galore(
         return basis if fmt is None else encode(basis, fmt)
 
     def empty(p):
-        if p.ndim != 2 or min(p.shape) <= rank:
+        if not _is_projected(p, rank):
             return None
         basis = jnp.zeros((rank, min(p.shape)), jnp.float32)
         none = jnp.full(queue_size, -jnp.inf, jnp.float32)
@@ -123,8 +126,8 @@ def galore(
 
     def renewed(g, p: Projection, count) -> Projection:
         def new():
-            wide = _wide(g.astype(jnp.float32))
-            basis = jnp.linalg.svd(wide, full_matrices=False)[2][:rank]
+            tall = (g if _is_tall(g.shape) else g.T).astype(jnp.float32)
+            basis = jnp.linalg.svd(tall, full_matrices=False)[2][:rank]
             cosine = jnp.where(p.computed == 0, -jnp.inf, jnp.abs(basis[0] @ p.first))
             cosines = jnp.append(p.cosines[1:], cosine)
             settled = cos_threshold is not None and jnp.mean(cosines) >= cos_threshold
@@ -140,7 +143,7 @@ def galore(
         low = jax.tree.map(_projected, updates, projections)
         low, inner_state = inner.update(low, state.inner, None, **extra_args)
         full = jax.tree.map(
-            lambda g, u, p: u if p is None else (scale * _restored(u, p, g.shape)).astype(g.dtype),
+            lambda g, u, p: u if p is None else scale * _restored(u, p, g.shape),
             updates,
             low,
             projections,
@@ -150,9 +153,12 @@ def galore(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _wide(g):
-    """Returns a matrix with its shorter side last."""
-    return g if g.shape[0] >= g.shape[1] else g.T
+def _is_projected(p, rank: int) -> bool:
+    return p.ndim == 2 and min(p.shape) > rank
+
+
+def _is_tall(shape: tuple[int, ...]) -> bool:
+    return shape[0] >= shape[1]
 
 
 def _basis(p: Projection, dtype):
@@ -163,9 +169,62 @@ def _projected(g, p: Projection | None):
     if p is None:
         return g
     basis = _basis(p, g.dtype)
-    return g @ basis.T if g.shape[0] >= g.shape[1] else basis @ g
+    return g @ basis.T if _is_tall(g.shape) else basis @ g
 
 
 def _restored(u, p: Projection, shape: tuple[int, ...]):
     basis = _basis(p, u.dtype)
-    return u @ basis if shape[0] >= shape[1] else basis.T @ u
+    return u @ basis if _is_tall(shape) else basis.T @ u
+
+
+def q_galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    *,
+    key: Array,
+    weights: Format | str = "uint8_g256",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    min_size: int = 4096,
+    weight_decay: float = 0.0,
+    mask: Any = None,
+    **kwargs: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the Q-GaLore optimizer: 8-bit Adam in INT4 subspaces, weights rounded stochastically to INT8.
+
+    It is a chain of ``galore`` around ``chop_state`` around Adam, weight decay, the learning rate, and ``chop_params``
+    for the matrices that are projected. Round these once at the start, as ``chop_params`` says.
+
+    Args:
+      learning_rate: a number or a schedule. The paper's 130M model has 0.015, with rank 256.
+      rank: of the subspaces.
+      key: the PRNG key of the rounding of weights; each step and each matrix draws anew.
+      weights: the format of the weights, with blocks along the last axis.
+      b1, b2, eps: of Adam.
+      min_size: moments with fewer elements stay in full precision.
+      weight_decay, mask: as in ``optax.add_decayed_weights``.
+      kwargs: of ``galore``.
+
+    >>> import jax, jax.numpy as jnp, optax, qjax
+    >>> optimizer = qjax.optim.q_galore(0.015, 4, key=jax.random.key(0))
+    >>> params = {"kernel": qjax.chop(jnp.linspace(-1, 1, 2048, dtype=jnp.float32).reshape(64, 32), "uint8_g256")}
+    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> qjax.encode(params["kernel"], "uint8_g256").nbytes
+    2368
+
+    Source: Zhang et al. (2024), Q-GaLore, https://arxiv.org/abs/2407.08296, algorithm 1. Deviations: those of
+    ``galore``. In the authors' code the layers whose weights are INT8 are listed by name.
+    """
+    adam = optax.scale_by_adam(b1, b2, eps)
+    adam = chop_state(adam, {"mu.*": "dynamic8_g256", "nu.*": "udynamic8_g256"}, min_size=min_size)
+    return optax.chain(
+        galore(adam, rank, **kwargs),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.masked(
+            chop_params(Quantizer(weights, "stochastic"), key=key),
+            lambda tree: jax.tree.map(lambda p: _is_projected(p, rank), tree),
+        ),
+    )
