@@ -3,6 +3,10 @@
 from qjax.optim._adamw import adamw_4bit, adamw_8bit, coat_adamw
 from qjax.optim._chop import chop_params, chop_updates
 from qjax.optim._chop_state import chop_state
+from qjax.optim._galore import galore, q_galore
+from qjax.optim._loss_scaling import loss_scale, loss_scaling
+from qjax.optim._sgd_sai import scale_by_sgd_sai, sgd_sai
+from qjax.optim._stable_spam import scale_by_stable_spam, stable_spam
 from qjax.optim._storage import Expanded
 
 __all__ = [
@@ -13,4 +17,12 @@ __all__ = [
     "chop_state",
     "chop_updates",
     "coat_adamw",
+    "galore",
+    "loss_scale",
+    "loss_scaling",
+    "q_galore",
+    "scale_by_sgd_sai",
+    "scale_by_stable_spam",
+    "sgd_sai",
+    "stable_spam",
 ]
