@@ -23,8 +23,9 @@ def scale_by_u_mup(
     | any, in a residual branch | the above ``/ sqrt(depth)`` |
 
     The rule is that of Adam, whose updates have a size of their own, so this follows ``optax.scale_by_adam``. The
-    learning rate after it can then stay as it is when width and depth change. ``optax.add_decayed_weights(decay / peak)``
-    between the two is the independent weight decay of the paper, ``decay`` a step at the peak of the learning rate.
+    learning rate after it can then stay as it is when width and depth change. Between the two,
+    ``optax.add_decayed_weights(decay / peak)`` is the independent weight decay of the paper: ``decay`` a step while the
+    learning rate is at its peak.
 
     Args:
       roles: a ``qjax.unit_scaling.Role``, or its kind, for each parameter: a pytree of them, such as
@@ -42,19 +43,17 @@ def scale_by_u_mup(
     ... )
     >>> params = {"w": jnp.ones((16, 1), jnp.float32)}
     >>> adam.update(params, adam.init(params))[0]["w"][0]  # 0.5 / sqrt(16)
-    Array([-0.12499999], dtype=float32)
+    Array([-0.124999...], dtype=float32)
 
     Source: Blake et al. (2024), u-muP, https://arxiv.org/abs/2407.17465, table 2 and section 4.
     """
-    role_of = roles if callable(roles) else _looked_up(roles)
+    role_of: Any = roles if callable(roles) else _looked_up(roles)
 
     def update(updates, params=None):
         named = jax.tree_util.tree_flatten_with_path(updates)[0]
         found = [_role(role_of(_name(path), leaf)) for path, leaf in named]
         if named and depth is not None and not any(role.residual for role in found):
-            raise ValueError(
-                "scale_by_u_mup: depth was given, but no role is residual; mark those, or leave depth out."
-            )
+            raise ValueError("scale_by_u_mup: depth was given, but no role is residual; leave depth out.")
         factors = [_factor(role, _name(path), leaf, depth) for role, (path, leaf) in zip(found, named, strict=True)]
         scaled = [leaf * jax.numpy.asarray(c).astype(leaf.dtype) for c, (_, leaf) in zip(factors, named, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(updates), scaled)
@@ -67,7 +66,7 @@ def _name(path) -> str:
 
 
 def _role(role: Role | str) -> Role:
-    return role if isinstance(role, Role) else Role(role)  # pyright: ignore[reportArgumentType], Role checks it
+    return role if isinstance(role, Role) else Role(role)  # type: ignore[arg-type]  # Role checks it.
 
 
 def _looked_up(roles) -> Callable[[str, Any], Role | str]:

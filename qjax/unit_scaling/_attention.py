@@ -47,15 +47,15 @@ def dot_product_attention(
     >>> us.dot_product_attention(x, x, x).ravel()[:2]  # sqrt(4)^(32 / 33)
     Array([1.9584..., 1.9584...], dtype=float32)
 
-    Source: Blake et al. (2024), u-muP, https://arxiv.org/abs/2407.17465, and the authors' library. Deviation: one causal key has sigma 1, where the formula has 0.
+    Source: Blake et al. (2024), u-muP, https://arxiv.org/abs/2407.17465, and the authors' library. Deviation: one
+    causal key has sigma 1, where the formula has 0.
     """
-    if not (query.ndim == key.ndim == value.ndim >= 3 and key.shape[:-1] == value.shape[:-1]) or (
-        query.shape[:-3] + query.shape[-2:] != key.shape[:-3] + key.shape[-2:]
-    ):
+    fits = query.ndim == key.ndim == value.ndim >= 3 and key.shape[:-1] == value.shape[:-1]
+    if not fits or query.shape[:-3] + query.shape[-2:] != key.shape[:-3] + key.shape[-2:]:
         raise ValueError(
             "dot_product_attention: query, key and value must be (..., queries, heads, depth), "
-            "(..., keys, heads, depth) and (..., keys, heads, features), got "
-            f"{query.shape}, {key.shape} and {value.shape}."
+            "(..., keys, heads, depth) and (..., keys, heads, features), "
+            f"got {query.shape}, {key.shape} and {value.shape}."
         )
     depth, keys = query.shape[-1], key.shape[-3]
     flat = math.log(keys) / keys if is_causal and keys > 1 else 1 / keys

@@ -62,3 +62,14 @@ def conv_general_dilated(
     shape = jax.eval_shape(functools.partial(lax.conv_general_dilated, **options), lhs, rhs).shape
     terms = math.prod(shape) // shape[numbers.out_spec[1]]
     return scale_fwd(conv_general_dilated(scale_bwd(lhs, gradient), scale_bwd(rhs, terms**-0.5), **options), out)
+
+
+def channels_last(ndim: int) -> lax.ConvDimensionNumbers:
+    """Returns the dimension numbers of (batch, ..., features) and kernels (..., inputs, outputs), which are Flax's."""
+    data, kernel = (0, ndim - 1, *range(1, ndim - 1)), (ndim - 1, ndim - 2, *range(ndim - 2))
+    return lax.ConvDimensionNumbers(data, kernel, data)
+
+
+def each(value: int | Sequence[int], size: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns one number for each axis of a window."""
+    return (value,) * len(size) if isinstance(value, int) else tuple(value)

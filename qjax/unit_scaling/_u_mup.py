@@ -1,7 +1,10 @@
 """What u-muP adds to unit scaling: the ratios of residual branches, and the roles of parameters."""
 
 import dataclasses
-from typing import Literal, get_args
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -37,6 +40,29 @@ class Role:
     def __post_init__(self):
         if self.kind not in get_args(Kind):
             raise ValueError(f"Role: kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
+
+
+def roles_of(
+    caller: str, shapes: dict[tuple, tuple[int, ...]], layer_of: Callable[[tuple], Any], residual: str | None
+) -> list[Role]:
+    """Returns the role of each parameter of a Flax model, from the ``role`` of its layer and its own name."""
+    found = []
+    for path, shape in shapes.items():
+        name, layer = "/".join(map(str, path)), layer_of(path)
+        if not hasattr(layer, "role"):
+            raise ValueError(
+                f"{caller}: {name!r} is of no layer with a role; use those of qjax.unit_scaling, or say the roles of "
+                "scale_by_u_mup in a function of the path."
+            )
+        kind: Kind = "bias" if path[-1] == "bias" else layer.role
+        fan = {"input": shape[-1:], "hidden": shape[: getattr(layer, "axes", -1)]}.get(kind)
+        inside = residual is not None and re.fullmatch(residual, name) is not None
+        found.append(Role(kind, fan and math.prod(fan), inside))
+    if residual is not None and not any(role.residual for role in found):
+        raise ValueError(
+            f"{caller}: residual {residual!r} matches no path of {{', '.join('/'.join(map(str, path)) for path in shapes)}}."
+        )
+    return found
 
 
 def residual_taus(
