@@ -55,13 +55,12 @@ def roles_of(
                 "scale_by_u_mup in a function of the path."
             )
         kind: Kind = "bias" if path[-1] == "bias" else layer.role
-        fan = {"input": shape[-1:], "hidden": shape[: getattr(layer, "axes", -1)]}.get(kind)
+        fans = {"input": shape[-1:], "hidden": shape[: getattr(layer, "axes", -1)]}
         inside = residual is not None and re.fullmatch(residual, name) is not None
-        found.append(Role(kind, fan and math.prod(fan), inside))
+        found.append(Role(kind, math.prod(fans[kind]) if kind in fans else None, inside))
     if residual is not None and not any(role.residual for role in found):
-        raise ValueError(
-            f"{caller}: residual {residual!r} matches no path of {{', '.join('/'.join(map(str, path)) for path in shapes)}}."
-        )
+        paths = ", ".join("/".join(map(str, path)) for path in shapes)
+        raise ValueError(f"{caller}: residual {residual!r} matches none of the paths {paths}.")
     return found
 
 

@@ -63,12 +63,12 @@ class Dense(DenseGeneral):
     >>> x = jax.random.normal(jax.random.key(0), (64, 256))
     >>> y, _ = linen.Dense(256).init_with_output(jax.random.key(1), x)
     >>> y.std()
-    Array(0.99..., dtype=float32)
+    Array(1.000..., dtype=float32)
     """
 
 
 class DenseReadout(DenseGeneral):
-    """The last layer of a network: ``qjax.unit_scaling.linear_readout``, with the parameters of ``flax.linen.Dense``."""
+    """The last layer of a network, ``qjax.unit_scaling.linear_readout`` with the parameters of ``flax.linen.Dense``."""
 
     constraint: Constraint | None = None
 
@@ -212,7 +212,7 @@ class MultiHeadDotProductAttention(nn.Module):
                 "set qkv_features."
             )
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        products = dict(precision=self.precision, dot_general=self.dot_general)
+        products: Any = dict(precision=self.precision, dot_general=self.dot_general)
         options: Any = dict(use_bias=self.use_bias, kernel_init=self.kernel_init, **dtypes, **products)
         heads = (self.num_heads, width // self.num_heads)
         named = zip(("query", "key", "value"), (inputs_q, inputs_k, inputs_v), strict=True)
