@@ -62,6 +62,8 @@ def scale_by_u_mup(
 
 
 def _name(path) -> str:
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # what a Variable of nnx holds
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.linen.linear import canonicalize_padding
 from flax.nnx.nn.dtypes import promote_dtype
+from flax.traverse_util import unflatten_dict
 from jax import lax
 
 from qjax import unit_scaling as us
@@ -267,8 +268,8 @@ class GatedMLP(nnx.Module):
         return self.down(us.silu_glu(self.up(x), self.gate(x), mult=self.mult))
 
 
-def roles(model: nnx.Module, *, residual: str | None = None) -> nnx.State:
-    """Returns the role of every parameter of a model of these layers, in a State like ``nnx.state(model, nnx.Param)``.
+def roles(model: nnx.Module, *, residual: str | None = None) -> dict[str, Any]:
+    """Returns the role of every parameter of a model of these layers, in dicts with the paths of the parameters.
 
     Args:
       model: any nnx module whose parameters are all of layers of this module.
@@ -279,15 +280,13 @@ def roles(model: nnx.Module, *, residual: str | None = None) -> nnx.State:
 
     >>> from flax import nnx as flax_nnx
     >>> from qjax.unit_scaling import nnx
-    >>> nnx.roles(nnx.Linear(2, 3, rngs=flax_nnx.Rngs(0)))["kernel"].get_raw_value()
-    Role(kind='hidden', fan=2, residual=False)
+    >>> nnx.roles(nnx.Linear(2, 3, rngs=flax_nnx.Rngs(0)))
+    {'kernel': Role(kind='hidden', fan=2, residual=False)}
     """
     layers = dict(nnx.iter_modules(model))
-    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    shapes = {path: param.shape for path, param in params}
+    shapes = {path: param.shape for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     found = roles_of("nnx.roles", shapes, lambda path: layers.get(path[:-1]), residual)
-    named = [(path, param.replace(role)) for (path, param), role in zip(params, found, strict=True)]
-    return nnx.from_flat_state(named)
+    return unflatten_dict(dict(zip(shapes, found, strict=True)))
 
 
 def _promoted(dtype, *arrays) -> tuple:
