@@ -12,6 +12,7 @@ from qjax.optim._qas import scale_by_qas
 from qjax.optim._sgd_sai import scale_by_sgd_sai, sgd_sai
 from qjax.optim._stable_spam import scale_by_stable_spam, stable_spam
 from qjax.optim._storage import Expanded
+from qjax.optim._u_mup import scale_by_u_mup
 
 __all__ = [
     "AdaPT",
