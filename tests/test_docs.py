@@ -51,7 +51,12 @@ def test_every_layer_is_listed(module, flax_module):
 
 def test_the_reference_names_nothing_else():
     reference = (ROOT / "docs" / "api.md").read_text()
-    assert set(re.findall(r"^(?:::: qjax\.|### `)(\w+)", reference, re.MULTILINE)) <= {*qjax.__all__, "linen", "nnx"}
+    assert set(re.findall(r"^(?:::: qjax\.|### `)(\w+)", reference, re.MULTILINE)) <= {
+        *qjax.__all__,
+        "linen",
+        "nnx",
+        "optim",
+    }
 
 
 @pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("README.md")], ids=lambda page: page.name)
