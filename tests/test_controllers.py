@@ -96,7 +96,7 @@ def inputs():
 
 
 @pytest.mark.parametrize("rounding", qjax.Rounding)
-@pytest.mark.parametrize("word", [(1, 0), (4, -3), (8, 4), (16, 8), (25, 23), (32, 31), (32, 0)])
+@pytest.mark.parametrize("word", [(1, 0), (4, -3), (8, 4), (16, 8), (25, 23), (32, 31), (32, -90), (8, 120)])
 def test_traced_words_are_those_of_fixed(word, rounding):
     key = KEY if rounding.is_stochastic else None
     x, expected = inputs(), qjax.chop(inputs(), qjax.Fixed(*word), rounding, key=key)
@@ -426,6 +426,14 @@ def test_a_sharded_window_is_that_of_the_whole():
     np.testing.assert_allclose(window, whole, rtol=1e-6)  # the norm's sum is in another order
 
 
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_bfloat16_gradients(name):
+    tx, grads = TRANSFORMATIONS[name](), jax.tree.map(lambda w: w.astype(jnp.bfloat16), WEIGHTS)
+    updates, _ = tx.update(grads, tx.init(WEIGHTS))
+    expected, _ = tx.update(jax.tree.map(lambda g: g.astype(jnp.float32), grads), tx.init(WEIGHTS))
+    assert jax.tree.all(jax.tree.map(lambda u, e: same(u, e.astype(jnp.bfloat16)), updates, expected))
+
+
 # Quantization-aware scaling, on a network of true integers.
 
 X_SCALE, HEADROOM = 1 / 127, 2
@@ -529,12 +537,19 @@ REFUSALS = {
     "chop_fixed: fraction_bits must be -90 to 120, got 121": lambda: chop_fixed(ONES, 8, 121),
     "chop_fixed: unknown rounding 'up'": lambda: chop_fixed(ONES, 8, rounding="up"),
     "AdaPT: lookback is out of range, got \\(9, 3\\)": lambda: AdaPT(lookback=(9, 3)),
+    "AdaPT: initial is out of range, got Fixed\\(33": lambda: AdaPT(qjax.Fixed(33)),
+    "AdaPT: initial is out of range, got Float": lambda: AdaPT("e4m3"),
     "AdaPT: strategy is out of range, got 'most'": lambda: AdaPT(strategy="most"),
     "AdaPT.update: params must be finite, got NaN or infinity": lambda: AdaPT(lookback=(1, 1)).update(
         AdaPT(lookback=(1, 1)).init(ONES), ONES * np.nan, ONES, key=KEY
     ),
+    "AdaPT.update: losses must have one axis, a loss for each step, got shape \\(\\)": lambda: AdaPT().update(
+        AdaPT().init(ONES), ONES, ONES[0], key=KEY
+    ),
     "GradientInterval: bits must be 2 to 16, got 1": lambda: GradientInterval(1),
-    "GradientInterval: alpha must be between 0 and 1, got 2": lambda: chop_by_gradient_interval(alpha=2, key=KEY),
+    "GradientInterval: alpha and beta must be between 0 and 1, got 2 and 0.001": lambda: chop_by_gradient_interval(
+        alpha=2, key=KEY
+    ),
     "scale_by_qas: a scale of shape \\(3,\\) does not broadcast to its parameter of shape \\(2,\\)": lambda: (
         scale_by_qas(jnp.ones(3)).init(ONES)
     ),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from qjax._chop import chop
 from qjax.formats import FP32, Fixed, Scaled
-from qjax.optim._keys import first_key, next_key
+from qjax.optim._keys import first_key
 
 
 @jax.tree_util.register_static
@@ -35,8 +35,9 @@ class GradientInterval:
       alpha: the share of the entries that are large.
       beta: the step of gamma.
 
-    Edge cases: a gradient of zeros stays. One with NaN or infinity becomes NaN throughout. gamma stays in both. With fewer than ``(2^bits - 1) / alpha`` entries a single clipped one is too many, so
-    gamma stays within beta of the ratio that clips none.
+    Edge cases: a gradient of zeros stays, one with NaN or infinity becomes NaN throughout, and gamma stays for both.
+    With fewer than ``(2^bits - 1) / alpha`` entries a single clipped one is too many, so that gamma stays within beta
+    of the ratio that clips none.
 
     Raises:
       ValueError: for arguments out of range.
@@ -59,16 +60,12 @@ class GradientInterval:
     beta: float = 1e-3
 
     def __post_init__(self):
-        for name, fine in {
-            "bits": 2 <= self.bits <= 16,
-            "alpha": 0 < self.alpha < 1,
-            "beta": 0 < self.beta < 1,
-        }.items():
-            if not fine:
-                raise ValueError(
-                    f"GradientInterval: {name} must be {'2 to 16' if name == 'bits' else 'between 0 and 1'}, "
-                    f"got {getattr(self, name)!r}."
-                )
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"GradientInterval: bits must be 2 to 16, got {self.bits}.")
+        if not (0 < self.alpha < 1 and 0 < self.beta < 1):
+            raise ValueError(
+                f"GradientInterval: alpha and beta must be between 0 and 1, got {self.alpha} and {self.beta}."
+            )
 
     def init(self) -> Float[Array, ""]:
         """Returns the first gamma, 1."""
@@ -128,7 +125,7 @@ class GradientIntervalState(NamedTuple):
     """The gamma of each tensor, and the key of the next step."""
 
     gamma: PyTree[Float[Array, ""]]
-    key: Array
+    key: Any
 
 
 def chop_by_gradient_interval(
@@ -159,7 +156,7 @@ def chop_by_gradient_interval(
 
     def update(updates, state, params=None):
         del params
-        following, now = next_key(state.key)
+        following, now = jax.random.split(state.key)
         keys = optax.tree.split_key_like(now, updates)
         chopped = jax.tree.map(lambda g, gamma, key: interval.chop(g, gamma, key=key), updates, state.gamma, keys)
         gamma = jax.tree.map(lambda g, gamma: interval.update(gamma, g), updates, state.gamma)
