@@ -86,27 +86,33 @@ def chop_params(
     (2020), Revisiting BFloat16 Training, https://arxiv.org/abs/2010.06192, algorithms 1 and 3 (stochastic, Kahan).
     """
     quantizer = as_quantizer(q)
-    kept = None if residual is None else as_quantizer(residual)
-    check_key("chop_params", [quantizer.is_stochastic, kept is not None and kept.is_stochastic], key)
+    # Without residuals it is never used.
+    kept = as_quantizer(q if residual is None else residual)
+    check_key("chop_params", [quantizer.is_stochastic, kept.is_stochastic], key)
+
+    def hold(x, key):
+        return stored(kept, x, key)
 
     def init(params):
-        zeros = kept and jax.tree.map(lambda p: stored(kept, jnp.zeros_like(_wide(p))), params)
-        return ChopState(first_key(key), zeros)
+        if residual is None:
+            return ChopState(first_key(key))
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(_wide(p)), params)
+        return ChopState(first_key(key), map_with_keys(hold, zeros, _key_for(kept, first_key(key), 1)))
 
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("chop_params: update needs the params; call tx.update(grads, state, params).")
         key, own = next_key(state.key)
         params, updates = jax.tree.map(_wide, params), jax.tree.map(_wide, updates)
-        if kept is not None:
+        if residual is not None:
             updates = jax.tree.map(lambda u, r: u + restored(r), updates, state.residual)
         sums = jax.tree.map(jnp.add, params, updates)
         weights = map_with_keys(lambda w, key: quantizer(w, key=key), sums, _key_for(quantizer, own, 0))
         steps = jax.tree.map(jnp.subtract, weights, params)
-        if kept is None:
+        if residual is None:
             return steps, ChopState(key)
         lost = jax.tree.map(jnp.subtract, updates, steps)
-        return steps, ChopState(key, map_with_keys(lambda r, key: stored(kept, r, key), lost, _key_for(kept, own, 1)))
+        return steps, ChopState(key, map_with_keys(hold, lost, _key_for(kept, own, 1)))
 
     return optax.GradientTransformation(init, update)
 
