@@ -34,6 +34,7 @@ __all__ = [
     "scale_by_qas",
     "scale_by_sgd_sai",
     "scale_by_stable_spam",
+    "scale_by_u_mup",
     "sgd_sai",
     "stable_spam",
 ]
