@@ -96,7 +96,7 @@ def inputs():
 
 
 @pytest.mark.parametrize("rounding", qjax.Rounding)
-@pytest.mark.parametrize("word", [(1, 0), (4, -3), (8, 4), (16, 8), (25, 23), (32, 31), (32, -90), (8, 120)])
+@pytest.mark.parametrize("word", [(1, 0), (8, 4), (25, 23), (32, 31), (32, -90), (8, 120)])
 def test_traced_words_are_those_of_fixed(word, rounding):
     key = KEY if rounding.is_stochastic else None
     x, expected = inputs(), qjax.chop(inputs(), qjax.Fixed(*word), rounding, key=key)
@@ -536,10 +536,12 @@ REFUSALS = {
     "chop_fixed: bits must be 1 to 32, got 33": lambda: chop_fixed(ONES, 33),
     "chop_fixed: fraction_bits must be -90 to 120, got 121": lambda: chop_fixed(ONES, 8, 121),
     "chop_fixed: unknown rounding 'up'": lambda: chop_fixed(ONES, 8, rounding="up"),
-    "AdaPT: lookback is out of range, got \\(9, 3\\)": lambda: AdaPT(lookback=(9, 3)),
-    "AdaPT: initial is out of range, got Fixed\\(33": lambda: AdaPT(qjax.Fixed(33)),
-    "AdaPT: initial is out of range, got Float": lambda: AdaPT("e4m3"),
-    "AdaPT: strategy is out of range, got 'most'": lambda: AdaPT(strategy="most"),
+    "AdaPT: lookback must be \\(least, greatest\\), at least 1, got \\(9, 3\\)": lambda: AdaPT(lookback=(9, 3)),
+    "AdaPT: initial must be a signed Fixed of at most 32 bits that saturates, got Fixed\\(33": lambda: AdaPT(
+        qjax.Fixed(33)
+    ),
+    "AdaPT: initial must be a signed Fixed of at most 32 bits that saturates, got Float": lambda: AdaPT("e4m3"),
+    "AdaPT: strategy must be one of .*, got 'most'": lambda: AdaPT(strategy="most"),
     "AdaPT.update: params must be finite, got NaN or infinity": lambda: AdaPT(lookback=(1, 1)).update(
         AdaPT(lookback=(1, 1)).init(ONES), ONES * np.nan, ONES, key=KEY
     ),

@@ -115,19 +115,20 @@ class AdaPT:
     def __post_init__(self):
         word = format(self.initial)
         object.__setattr__(self, "initial", word)
+        is_word = isinstance(word, Fixed) and word == Fixed(min(word.bits, _MOST_BITS), word.fraction_bits)
         checks = {
-            "initial": isinstance(word, Fixed) and word == Fixed(min(word.bits, _MOST_BITS), word.fraction_bits),
-            "lookback": 1 <= self.lookback[0] <= self.lookback[1],
-            "resolution": 1 <= self.resolution[0] <= self.resolution[1],
-            "min_fraction_length": 0 <= self.min_fraction_length < _MOST_BITS,
-            "buffer_bits": 0 <= self.buffer_bits < _MOST_BITS,
-            "momentum": 0 <= self.momentum <= 1,
-            "tolerance": self.tolerance >= 0,
-            "strategy": self.strategy in _STRATEGIES,
+            "initial": (is_word, "a signed Fixed of at most 32 bits that saturates"),
+            "lookback": (1 <= self.lookback[0] <= self.lookback[1], "(least, greatest), at least 1"),
+            "resolution": (1 <= self.resolution[0] <= self.resolution[1], "(least, greatest), at least 1"),
+            "min_fraction_length": (0 <= self.min_fraction_length < _MOST_BITS, "0 to 31"),
+            "buffer_bits": (0 <= self.buffer_bits < _MOST_BITS, "0 to 31"),
+            "momentum": (0 <= self.momentum <= 1, "0 to 1"),
+            "tolerance": (self.tolerance >= 0, "at least 0"),
+            "strategy": (self.strategy in _STRATEGIES, f"one of {_STRATEGIES}"),
         }
-        for name, fine in checks.items():
+        for name, (fine, expected) in checks.items():
             if not fine:
-                raise ValueError(f"AdaPT: {name} is out of range, got {getattr(self, name)!r}; see its documentation.")
+                raise ValueError(f"AdaPT: {name} must be {expected}, got {getattr(self, name)!r}.")
 
     def init(self, params: PyTree[Float[Array, "..."]]) -> AdaPTState:
         """Returns the state before the first step. Every leaf of ``params`` gets a format."""
