@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ from qjax._blocks import blocks_of
 from qjax._carrier import Carrier
 from qjax._chop import RoundingLike, _checked, random
 from qjax._rounding import Rounding
-from qjax._scaled import Mode, Parts, _hold, multiply, quantize
-from qjax.formats import Codebook, Fixed, Float, Format, Scaled
+from qjax._scaled import Mode, Parts, _hold, multiply, once_per_block, quantize
+from qjax.formats import FP32, FP64, Codebook, Fixed, Float, Format, Scaled
 
 
 @functools.partial(
@@ -166,17 +167,27 @@ def _codes(elements, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         return (elements.astype(jnp.uint32) + np.uint32(fmt.first_code)) & np.uint32(2**fmt.bits - 1)
     bits = _carrier.to_bits(elements, c)
     magnitude, negative = bits & c.uint(c.sign - 1), bits >= c.uint(c.sign)
+    if _is_carrier(fmt, c) and isinstance(shift, int):
+        return jnp.where(magnitude > c.uint(c.inf), c.uint(c.nan), bits)
     significand, unit = _carrier.decompose(magnitude, c)
-    shift = jnp.asarray(shift, c.int)
+    static, shift = isinstance(shift, int), jnp.asarray(shift, c.int)
     if isinstance(fmt, Fixed):
         integer = _shifted_left(significand, unit - shift - fmt.quantum_exponent, c)
         return jnp.where(negative, -integer, integer) & c.uint(2**fmt.bits - 1)
 
-    exponent = jnp.maximum(_carrier.exponent(magnitude, c) - shift, fmt.emin)
-    integer = _shifted_left(significand, unit - shift - (exponent - fmt.mantissa_bits), c)
-    # A normal number has its hidden bit in the integer: it is the 1 of the exponent field.
-    place = (exponent - fmt.emin).astype(c.uint) << fmt.mantissa_bits
-    code = place + integer
+    if static and _is_coarse(fmt, c):
+        # The sum of a subnormal number and 2^m of its spacings has it for its fraction, m the carrier's mantissa bits.
+        ones = c.uint(fmt.quantum_exponent + c.mantissa_bits + c.bias << c.mantissa_bits)
+        subnormal = _carrier.to_bits(_carrier.from_bits(magnitude, c) + _carrier.from_bits(ones, c), c) - ones
+        finer = c.mantissa_bits - fmt.mantissa_bits
+        normal = (magnitude >> finer) - c.uint((c.bias - fmt.bias) << fmt.mantissa_bits)
+        code = jnp.where(magnitude < c.uint(fmt.emin + c.bias << c.mantissa_bits), subnormal, normal)
+    else:
+        exponent = jnp.maximum(_carrier.exponent(magnitude, c) - shift, fmt.emin)
+        integer = _shifted_left(significand, unit - shift - (exponent - fmt.mantissa_bits), c)
+        # A normal number has its hidden bit in the integer: it is the 1 of the exponent field.
+        place = (exponent - fmt.emin).astype(c.uint) << fmt.mantissa_bits
+        code = place + integer
     if fmt.subnormals == "normal":
         code = jnp.where(magnitude == 0, c.uint(0), code - c.uint(2**fmt.mantissa_bits))
     if fmt.has_inf:
@@ -227,7 +238,7 @@ def _assembled(codes, fmt: Format, scales: list, zero_points: list, q: QTensor, 
     if not isinstance(fmt, Scaled):
         return _values(codes, fmt, 0, c)
     blocks = blocks_of(fmt, q.shape, q.axis)
-    scale = blocks.spread(scales[0])
+    scale = blocks.spread(scales[0] if _is_carrier(fmt.scale, c) else once_per_block(scales[0]))
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
         shift = _carrier.exponent(_carrier.to_bits(scale, c), c)
         return jnp.where(jnp.isnan(scale), c.float(np.nan), _values(codes, fmt.element, shift, c))
@@ -252,8 +263,15 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         bits = _carrier.compose(size, shift - fmt.fraction_bits, c)
         return _carrier.from_bits(jnp.where(integer < 0, bits | c.uint(c.sign), bits), c)
 
+    if _is_carrier(fmt, c) and isinstance(shift, int):
+        return _carrier.from_bits(codes, c)
     negative = (codes >> (fmt.bits - 1) == 1) if fmt.signed else jnp.zeros_like(codes, dtype=bool)
     code = codes & c.uint(2 ** (fmt.exponent_bits + fmt.mantissa_bits) - 1)
+    if isinstance(shift, int) and _is_coarse(fmt, c):
+        normal = (code << (c.mantissa_bits - fmt.mantissa_bits)) + c.uint((c.bias - fmt.bias) << c.mantissa_bits)
+        subnormal = code.astype(c.int).astype(c.float) * c.float(2.0**fmt.quantum_exponent)
+        bits = jnp.where(code < c.uint(2**fmt.mantissa_bits), _carrier.to_bits(subnormal, c), normal)
+        return _signed(bits, code, codes, negative, fmt, c)
     field = (code >> fmt.mantissa_bits).astype(c.int)
     fraction = code & c.uint(2**fmt.mantissa_bits - 1)
     hidden = c.uint(2**fmt.mantissa_bits)
@@ -266,6 +284,22 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         integer = jnp.where(field > 0, fraction | hidden, beneath)
         field = jnp.maximum(field, 1)
     bits = _carrier.compose(integer, field - (fmt.bias + fmt.mantissa_bits) + shift, c)
+    return _signed(bits, code, codes, negative, fmt, c)
+
+
+def _is_carrier(fmt: Float, c: Carrier) -> bool:
+    """Returns whether the codes of a format are the bit patterns of the carrier."""
+    return fmt == (FP64 if c.width == 64 else FP32)
+
+
+def _is_coarse(fmt: Float, c: Carrier) -> bool:
+    """Returns whether all values of a format with subnormals are normal numbers of the carrier, which is finer."""
+    in_range = fmt.quantum_exponent > -c.bias and math.frexp(fmt.max)[1] <= c.bias
+    return fmt.subnormals is True and in_range and 0 < fmt.mantissa_bits < c.mantissa_bits
+
+
+def _signed(bits, code, codes, negative, fmt: Float, c: Carrier):
+    """Returns magnitudes with the sign, the infinities and NaNs of their codes."""
     if fmt.has_inf:
         bits = jnp.where(code == c.uint(fmt.max_code + 1), c.uint(c.inf), bits)
     bits = jnp.where(negative, bits | c.uint(c.sign), bits)

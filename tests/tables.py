@@ -22,7 +22,7 @@ FLOATS = [
 FIXED = ["int2", "int3", "int4", "int8", "uint8", "q8.8", "uq4.4", "q1.15", "int16", "uint16", "int32"]
 FIXED += [qjax.Fixed(8, symmetric=True), qjax.Fixed(4, -3), qjax.Fixed(1), qjax.Fixed(24, 10)]
 FIXED += [qjax.Fixed(8, overflow="wrap"), qjax.Fixed(6, 3, signed=False, overflow="wrap")]
-CODEBOOKS = ["nf4", "ternary", "binary", "pow2_4", "posit8", "posit6es0", "takum7"]
+CODEBOOKS = ["nf4", "ternary", "binary", "pow2_4", "posit8", "posit6es0", "takum7", "dynamic4", "udynamic8"]
 SCALED = [
     "mxfp4",
     "mxfp6_e3m2",

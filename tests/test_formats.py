@@ -61,6 +61,7 @@ FACTS = {
     "e4m3_128x128": {"bits": 8 + 32 / 128**2}, "uint4_g32": {"bits": 4 + 36 / 32},
     "nf4": {"bits": 4, "max": 1}, "ternary": {"bits": 2}, "binary": {"bits": 1},
     "pow2_4": {"bits": 4, "smallest_subnormal": 2.0**-6},
+    "dynamic8": {"bits": 8, "max": 1.0},
     "posit8": {"bits": 8, "max": 2.0**24}, "posit16es1": {"max": 2.0**28}, "takum8": {"max": 2.0**239},
 }  # fmt: skip
 
@@ -145,6 +146,7 @@ REFUSALS = {
     "posit: expected 2 to 16 bits and es from 0 to 3, got 17 and 2": lambda: qjax.posit(17),
     "takum: expected 2 to 16 bits, got 32": lambda: qjax.takum(32),
     "powers_of_two: expected 2 to 9 bits, got 1": lambda: qjax.powers_of_two(1),
+    "dynamic: expected 3 to 8 bits, got 2": lambda: qjax.dynamic(2),
     "element must be a format, got 'e2m1'": lambda: Scaled("e2m1", qjax.E8M0, 32),
     "scale must be a Float, got Fixed": lambda: Scaled(qjax.E2M1, Fixed(8), 32),
     "block must be a positive int, a tuple of them, 'axis' or None, got 0": lambda: Scaled(qjax.E2M1, qjax.E8M0, 0),

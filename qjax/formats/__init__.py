@@ -1,6 +1,6 @@
 """Formats: sets of values with an encoding. No rounding, no arrays."""
 
-from qjax.formats._codebook import Codebook, midrise, posit, powers_of_two, takum
+from qjax.formats._codebook import Codebook, dynamic, midrise, posit, powers_of_two, takum
 from qjax.formats._fixed import Fixed
 from qjax.formats._float import Float
 from qjax.formats._names import (
@@ -69,6 +69,7 @@ __all__ = [
     "Format",
     "Rms",
     "Scaled",
+    "dynamic",
     "format",
     "format_names",
     "midrise",

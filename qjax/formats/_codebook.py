@@ -203,3 +203,28 @@ def midrise(bits: int) -> Codebook:
     if not 1 <= bits <= 8:
         raise ValueError(f"midrise: expected 1 to 8 bits, got {bits}.")
     return Codebook(tuple(float(k) for k in range(1 - 2**bits, 2**bits, 2)), f"midrise{bits}")
+
+
+@functools.lru_cache
+def dynamic(bits: int, signed: bool = True) -> Codebook:
+    """Returns the dynamic tree format of 3 to 8 bits: 0, 1 and a few values in each of ``bits - 1`` decades.
+
+    In ``[10^(i - E - 1), 10^(i - E)]``, i from 0 to ``E = bits - 2``, lie the midpoints of ``2^i`` equal intervals
+    (twice as many if unsigned), of either sign; so the larger, the finer. Blocks of it have the largest magnitude 1.
+
+    >>> from qjax import dynamic
+    >>> dynamic(3).values()
+    array([-0.775, -0.325, -0.055,  0.   ,  0.055,  0.325,  0.775,  1.   ])
+
+    Source: Dettmers et al. (2022), 8-bit Optimizers via Block-wise Quantization, https://arxiv.org/abs/2110.02861,
+    section 2.2; Dettmers (2016), https://arxiv.org/abs/1511.04561. The table is that of the authors' released code.
+    """
+    if not 3 <= bits <= 8:
+        raise ValueError(f"dynamic: expected 3 to 8 bits, got {bits}.")
+    decades = bits - 1
+    values = [0.0, 1.0]
+    for i in range(decades):
+        count = 2 ** (i if signed else i + 1)
+        middles = [(0.1 + 0.9 * (j + 0.5) / count) * 10.0 ** (i + 1 - decades) for j in range(count)]
+        values += middles + [-middle for middle in middles if signed]
+    return Codebook(tuple(sorted(values)), f"{'' if signed else 'u'}dynamic{bits}")

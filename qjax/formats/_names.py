@@ -4,7 +4,7 @@ import difflib
 import functools
 import re
 
-from qjax.formats._codebook import Codebook, midrise, posit, powers_of_two, takum
+from qjax.formats._codebook import Codebook, dynamic, midrise, posit, powers_of_two, takum
 from qjax.formats._fixed import Fixed
 from qjax.formats._float import Float
 from qjax.formats._scaled import Scaled
@@ -159,6 +159,7 @@ _GRAMMAR = (
     (r"takum(\d+)", lambda bits: takum(int(bits))),
     (r"pow2_(\d+)", lambda bits: powers_of_two(int(bits))),
     (r"midrise(\d)", lambda bits: midrise(int(bits))),
+    (r"(u?)dynamic(\d)", lambda unsigned, bits: dynamic(int(bits), not unsigned)),
     (r"(.+)_(channel|tensor|g\d+|\d+(?:x\d+)+)", _scaled),
 )
 
@@ -173,7 +174,7 @@ def format(name: "str | Format") -> Format:
       _nosub without subnormals; "ieee" if nothing is said ("fn" if Y is 0), but for the OCP names above;
     - ``binary{k}p{p}{s|u}{e|f}``: IEEE P3109, k bits, precision p, signed or unsigned, extended or finite;
     - ``[u]intN`` and ``[u]qM.N``: integers, and fixed point of M + N bits, the sign counted in M;
-    - ``positN[esE]``, ``takumN``, ``pow2_N``, ``midriseN``: N bits;
+    - ``positN[esE]``, ``takumN``, ``pow2_N``, ``midriseN``, ``[u]dynamicN``: N bits;
     - a name followed by ``_channel``, ``_tensor``, ``_gN`` (groups of N) or ``_AxB`` (tiles): float32 scales from the
       largest magnitude; intN elements are symmetric, uintN ones have a zero point.
 
