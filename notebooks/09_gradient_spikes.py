@@ -94,11 +94,12 @@ if FAST:
 
 def spiked(gradients, of_tensors, of_entries, key):
     leaves, structure = jax.tree.flatten(gradients)
-    for i, (g, key) in enumerate(zip(leaves, jax.random.split(key, len(leaves)), strict=True)):
-        hit = jax.random.bernoulli(key, of_tensors)
-        entries = jax.random.bernoulli(jax.random.fold_in(key, 1), of_entries, g.shape)
-        leaves[i] = jnp.where(hit & entries, 1000 * g, g)
-    return structure.unflatten(leaves)
+    keys = jax.random.split(key, (len(leaves), 2))
+    hits = [
+        jax.random.bernoulli(own[0], of_tensors) & jax.random.bernoulli(own[1], of_entries, g.shape)
+        for g, own in zip(leaves, keys, strict=True)
+    ]
+    return structure.unflatten([jnp.where(hit, 1000 * g, g) for g, hit in zip(leaves, hits, strict=True)])
 
 
 # %% [markdown]
@@ -144,8 +145,8 @@ for name in tqdm(OPTIMIZERS, desc="training", unit="optimizer"):
 # %% [markdown]
 # ## Result
 #
-# The price of spikes is the held-out loss with them minus that without, of the same optimizer and seed, each at its best
-# learning rate. Intervals are 95 % Student intervals of the mean over the seeds.
+# The price of spikes is the held-out loss with them minus that without, of the same optimizer and seed, each at its
+# best learning rate. Intervals are 95 % Student intervals of the mean over the seeds.
 
 
 # %%
