@@ -1,5 +1,6 @@
 """How an array divides into the blocks of a format."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -49,15 +50,18 @@ class Blocks(NamedTuple):
         """Returns the largest of each block's entries and 0, of shape ``counts``."""
         view, (shape, within) = self.split(x), self._view
         if within:
-            # Neighbours stay apart at first, so that XLA works on vectors; it reduces runs over 32 through a copy of
-            # the whole array.
-            before, size, after = shape[: within[-1]], shape[within[-1]], shape[within[-1] + 1 :]
+            # Neighbours stay apart at first, so that XLA works on vectors, also where x is computed on the way; it
+            # reduces runs over 32 through a copy of the whole array.
+            axis, before, after = within[-1], shape[: within[-1]], shape[within[-1] + 1 :]
+            size = shape[axis]
             lanes = math.gcd(size, 8) if math.prod(after) == 1 else 1
+            folds = next(d for d in range(8, 0, -1) if size // lanes % d == 0)
+            parts = view.reshape(*before, folds, size // folds, *after)
+            view = functools.reduce(jnp.maximum, [lax.index_in_dim(parts, i, axis, False) for i in range(folds)])
+            size //= folds
             run = next(d for d in range(32, 0, -1) if size // lanes % d == 0)
-            view = jnp.max(
-                view.reshape(*before, size // lanes // run, run, lanes, *after), axis=within[-1] + 1, initial=0
-            )
-            view = lax.optimization_barrier(view).reshape(*before, size // run, *after)
+            view = lax.optimization_barrier(view).reshape(*before, size // lanes // run, run, lanes, *after)
+            view = jnp.max(view, axis=axis + 1, initial=0).reshape(*before, size // run, *after)
         return jnp.max(view, axis=within, initial=0).reshape(self.counts)
 
     def spread(self, scales):

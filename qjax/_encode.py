@@ -15,8 +15,8 @@ from qjax._blocks import blocks_of
 from qjax._carrier import Carrier
 from qjax._chop import RoundingLike, _checked, random
 from qjax._rounding import Rounding
-from qjax._scaled import Mode, Parts, _hold, multiply, quantize
-from qjax.formats import Codebook, Fixed, Float, Format, Scaled
+from qjax._scaled import Mode, Parts, _hold, multiply, once_per_block, quantize
+from qjax.formats import FP32, FP64, Codebook, Fixed, Float, Format, Scaled
 
 
 @functools.partial(
@@ -167,6 +167,8 @@ def _codes(elements, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         return (elements.astype(jnp.uint32) + np.uint32(fmt.first_code)) & np.uint32(2**fmt.bits - 1)
     bits = _carrier.to_bits(elements, c)
     magnitude, negative = bits & c.uint(c.sign - 1), bits >= c.uint(c.sign)
+    if _is_carrier(fmt, c) and isinstance(shift, int):
+        return jnp.where(magnitude > c.uint(c.inf), c.uint(c.nan), bits)
     significand, unit = _carrier.decompose(magnitude, c)
     static, shift = isinstance(shift, int), jnp.asarray(shift, c.int)
     if isinstance(fmt, Fixed):
@@ -236,7 +238,7 @@ def _assembled(codes, fmt: Format, scales: list, zero_points: list, q: QTensor, 
     if not isinstance(fmt, Scaled):
         return _values(codes, fmt, 0, c)
     blocks = blocks_of(fmt, q.shape, q.axis)
-    scale = blocks.spread(scales[0])
+    scale = blocks.spread(scales[0] if _is_carrier(fmt.scale, c) else once_per_block(scales[0]))
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
         shift = _carrier.exponent(_carrier.to_bits(scale, c), c)
         return jnp.where(jnp.isnan(scale), c.float(np.nan), _values(codes, fmt.element, shift, c))
@@ -261,6 +263,8 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         bits = _carrier.compose(size, shift - fmt.fraction_bits, c)
         return _carrier.from_bits(jnp.where(integer < 0, bits | c.uint(c.sign), bits), c)
 
+    if _is_carrier(fmt, c) and isinstance(shift, int):
+        return _carrier.from_bits(codes, c)
     negative = (codes >> (fmt.bits - 1) == 1) if fmt.signed else jnp.zeros_like(codes, dtype=bool)
     code = codes & c.uint(2 ** (fmt.exponent_bits + fmt.mantissa_bits) - 1)
     if isinstance(shift, int) and _is_coarse(fmt, c):
@@ -281,6 +285,11 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         field = jnp.maximum(field, 1)
     bits = _carrier.compose(integer, field - (fmt.bias + fmt.mantissa_bits) + shift, c)
     return _signed(bits, code, codes, negative, fmt, c)
+
+
+def _is_carrier(fmt: Float, c: Carrier) -> bool:
+    """Returns whether the codes of a format are the bit patterns of the carrier."""
+    return fmt == (FP64 if c.width == 64 else FP32)
 
 
 def _is_coarse(fmt: Float, c: Carrier) -> bool:

@@ -123,13 +123,13 @@ def _quantize_with(
         )
         stored = jnp.where(blocks.spread(jnp.isnan(scale)), c.float(0), elements)
         return elements, Parts(stored, blocks.spread(shift), (scale,))
-    scale = _once(scale)
+    scale = once_per_block(scale)
     spread = blocks.spread(scale)
     value, parts = quantize(_divide(x, spread), inner._replace(dtype=x.dtype), random=random)
     return _hold(multiply(value, spread), inner.dtype), parts._replace(scales=(scale, *parts.scales))
 
 
-def _once(scale):
+def once_per_block(scale):
     """Returns scales as they are, computed once a block."""
     c = _carrier.carrier(scale.dtype)
     return _carrier.from_bits(_rounding.once(_carrier.to_bits(scale, c).astype(c.int))[0].astype(c.uint), c)
@@ -289,7 +289,7 @@ def quantize_apart(x, mode: Mode, *, scale=None, random: Random | None = None) -
         _, parts = quantize(x, mode, scale=scale, random=random)
         return _unshifted(parts.elements, parts.shift), parts.scales[0]
     inner = mode._replace(fmt=fmt.element, saturate=True)
-    scale = _once(_scale_of(x, fmt, inner, blocks, scale, random))
+    scale = once_per_block(_scale_of(x, fmt, inner, blocks, scale, random))
     elements, _ = quantize(_divide(x, blocks.spread(scale)), inner._replace(dtype=x.dtype), random=random)
     return elements, scale
 

@@ -16,6 +16,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import qjax
 from qjax import optim
 
 
@@ -25,8 +26,16 @@ class Row(NamedTuple):
     loss_scale: Callable = lambda state: 1.0
 
 
+STOCHASTIC = qjax.Quantizer("e4m3", "stochastic")
 OPTIMIZERS = [
     Row("adam, for comparison", lambda: optax.adam(1e-2)),
+    Row("chop_updates", lambda: optax.chain(optim.chop_updates(STOCHASTIC, key=jax.random.key(0)), optax.sgd(0.3))),
+    Row("chop_params", lambda: optax.chain(optax.sgd(0.3), optim.chop_params(STOCHASTIC, key=jax.random.key(0)))),
+    Row("chop_params, Kahan", lambda: optax.chain(optax.sgd(0.3), optim.chop_params("bf16", residual="bf16"))),
+    Row("chop_state", lambda: optim.chop_state(optax.sgd(0.1, 0.9), STOCHASTIC, key=jax.random.key(0))),
+    Row("coat_adamw", lambda: optim.coat_adamw(1e-2)),
+    Row("adamw_8bit", lambda: optim.adamw_8bit(1e-2, min_size=64)),
+    Row("adamw_4bit", lambda: optim.adamw_4bit(1e-2, min_size=64)),
     Row("stable_spam", lambda: optim.stable_spam(1e-2, reset_interval=20, total_steps=50)),
     Row("sgd_sai", lambda: optim.sgd_sai(3e-2)),
     Row(

@@ -15,14 +15,14 @@ PACKAGE = pathlib.Path(qjax.__file__).parent
 
 # A module may import those above it. Modules of one row do not see each other.
 LAYERS = (
-    ("formats", "_carrier"),
+    ("formats", "_carrier", "unit_scaling"),
     ("_rounding",),
     ("_random", "_blocks", "_codebook"),
     ("_scaled",),
     ("_chop",),
     ("_packing",),
     ("_encode", "_quantizer", "_hadamard"),
-    ("_accumulator", "_operand", "optim", "unit_scaling"),
+    ("_accumulator", "_operand", "optim"),
     ("_recipe", "_jaxpr"),
     ("_product", "_sites"),
     ("_dot", "_coverage", "_rules", "recipes"),

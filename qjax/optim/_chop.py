@@ -58,9 +58,9 @@ def chop_params(
 
     Kahan's compensated sum where the residual has the format of the weights, error feedback in general.
 
-    The sum ``p + u`` is that of float32 (float64 for such weights), the landing is exact where the format's ``w - p``
-    is a number of it too: for weights on the grid whose magnitudes lie within 2^(24 - m) of each other, m the mantissa
-    bits. So round the weights once at the start, ``jax.tree.map(q, params)``.
+    The sum ``p + u`` is that of float32 (float64 for such weights). The landing is exact where ``w - p`` is a number of
+    float32 too, as between floats of a few bits; with scales or codes of all its bits it can be off by a spacing
+    of ``|w| + |p|``. Round the weights once at the start, ``jax.tree.map(q, params)``.
 
     Args:
       q: a ``Quantizer``, or a format or its name for rounding to nearest. Blocks lie along the last axis.
@@ -86,27 +86,33 @@ def chop_params(
     (2020), Revisiting BFloat16 Training, https://arxiv.org/abs/2010.06192, algorithms 1 and 3 (stochastic, Kahan).
     """
     quantizer = as_quantizer(q)
-    kept = None if residual is None else as_quantizer(residual)
-    check_key("chop_params", [quantizer.is_stochastic, kept is not None and kept.is_stochastic], key)
+    # Without residuals it is never used.
+    kept = as_quantizer(q if residual is None else residual)
+    check_key("chop_params", [quantizer.is_stochastic, kept.is_stochastic], key)
+
+    def hold(x, key):
+        return stored(kept, x, key)
 
     def init(params):
-        zeros = kept and jax.tree.map(lambda p: stored(kept, jnp.zeros_like(_wide(p))), params)
-        return ChopState(first_key(key), zeros)
+        if residual is None:
+            return ChopState(first_key(key))
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(_wide(p)), params)
+        return ChopState(first_key(key), map_with_keys(hold, zeros, _key_for(kept, first_key(key), 1)))
 
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("chop_params: update needs the params; call tx.update(grads, state, params).")
         key, own = next_key(state.key)
         params, updates = jax.tree.map(_wide, params), jax.tree.map(_wide, updates)
-        if kept is not None:
+        if residual is not None:
             updates = jax.tree.map(lambda u, r: u + restored(r), updates, state.residual)
         sums = jax.tree.map(jnp.add, params, updates)
         weights = map_with_keys(lambda w, key: quantizer(w, key=key), sums, _key_for(quantizer, own, 0))
         steps = jax.tree.map(jnp.subtract, weights, params)
-        if kept is None:
+        if residual is None:
             return steps, ChopState(key)
         lost = jax.tree.map(jnp.subtract, updates, steps)
-        return steps, ChopState(key, map_with_keys(lambda r, key: stored(kept, r, key), lost, _key_for(kept, own, 1)))
+        return steps, ChopState(key, map_with_keys(hold, lost, _key_for(kept, own, 1)))
 
     return optax.GradientTransformation(init, update)
 

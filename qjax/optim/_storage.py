@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32
 
 from qjax import _carrier
@@ -15,6 +16,7 @@ from qjax._encode import QTensor, decode, encode
 from qjax._quantizer import Quantizer
 from qjax._rounding import once
 from qjax.formats import FP32, Float, Format, Scaled, format
+from qjax.optim._power import exp2, log2
 
 
 @jax.tree_util.register_static
@@ -41,8 +43,8 @@ class Expanded:
     ['0.999', '0.899', '1.100', '0.951']
 
     Source: Xi et al. (2024), COAT, https://arxiv.org/abs/2410.19313, section 4.1. There x is first divided by
-    ``sqrt(M m)``, and the result by a scale of its own; both cancel, and are not stored. The bound ``max^2 / 2`` is that
-    of the released code, whose k has no bound and divides by zero where all magnitudes are equal.
+    ``sqrt(M m)``, and the result by a scale of its own; both cancel, and are not stored. The bound is that
+    of the released code, whose k is unbounded, and divides by zero where all magnitudes are equal.
     """
 
     fmt: Float
@@ -63,16 +65,18 @@ class Expanded:
         """Returns the storage of x."""
         blocks = _blocks(self.block, x.shape)
         c = _carrier.carrier(x.dtype)
-        bits = _carrier.to_bits(_carrier.flush(jnp.abs(x)), c)
+        size = _carrier.flush(jnp.abs(x))
+        bits = _carrier.to_bits(size, c)
         top, gap = blocks.maximum(bits), blocks.maximum(jnp.where(bits == 0, 0, c.uint(c.inf) - bits))
         largest = _carrier.from_bits(top, c)
-        span = jnp.log2(largest / _carrier.from_bits(c.uint(c.inf) - gap, c))
-        steps = jnp.floor(16 * math.log2(self.fmt.max**2 / 2) / jnp.maximum(span, 1))
-        top, steps = once(top.astype(c.int), jnp.clip(steps, 1, 255).astype(c.int))
-        largest, steps = _carrier.from_bits(top.astype(c.uint), c), steps.astype(jnp.uint8)
-        ratio = jnp.abs(x) / blocks.spread(jnp.where(top == 0, 1, largest))
-        power = jnp.exp(blocks.spread(steps.astype(c.float) / 16) * jnp.log(ratio))
-        return ExpandedTensor(encode(jnp.copysign(power * self.fmt.max, x), self.fmt), largest, steps, self.block)
+        logarithm = log2(jnp.where(top == 0, 1, largest))
+        span = jnp.maximum(logarithm - log2(_carrier.from_bits(c.uint(c.inf) - gap, c)), 1)
+        steps = jnp.clip(jnp.floor(16 * math.log2(self.fmt.max**2 / 2) / span), 1, 255).astype(c.int)
+        top, steps, logarithm = once(top.astype(c.int), steps, _carrier.to_bits(logarithm, c).astype(c.int))
+        logarithm = _carrier.from_bits(logarithm.astype(c.uint), c)
+        power = exp2(blocks.spread(steps.astype(c.float) / 16) * (log2(size) - blocks.spread(logarithm)))
+        q = jnp.copysign(jnp.where(bits == 0, 0, power * self.fmt.max), x)
+        return ExpandedTensor(encode(q, self.fmt), largest, steps.astype(jnp.uint8), self.block)
 
     def __call__(self, x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
         """Returns what is left of x once stored."""
@@ -91,10 +95,22 @@ class ExpandedTensor:
 
     def decode(self) -> Array:
         """Returns the array."""
-        q, blocks = decode(self.values), _blocks(self.block, self.values.shape)
-        root = blocks.spread(16 / self.steps.astype(q.dtype))
-        power = jnp.exp(root * jnp.log(jnp.abs(q) / self.values.fmt.max))
-        return jnp.copysign(power * blocks.spread(self.largest), q)
+        codes, blocks = self.values.unpacked().astype(jnp.int32), _blocks(self.block, self.values.shape)
+        rows, count = _roots(self.values.fmt), 2**self.values.fmt.bits
+        row = blocks.spread(self.steps.astype(jnp.int32) * count)
+        return jnp.asarray(rows.ravel())[row | codes] * blocks.spread(self.largest)
+
+
+@functools.lru_cache
+def _roots(fmt: Float) -> np.ndarray:
+    """Returns ``sign(q) (|q| / max)^(16 / steps)`` of every code, a row for each of the steps from 0 to 255."""
+    magnitudes = np.array([math.ldexp(*fmt._split(code)) for code in range(fmt.max_code + 1)])
+    rows = np.maximum(np.arange(256), 1)[:, None]
+    table = np.full((256, 2**fmt.bits), np.nan)
+    table[:, : fmt.max_code + 1] = (magnitudes / fmt.max) ** (16 / rows)
+    if fmt.signed:
+        table[:, 2 ** (fmt.bits - 1) :] = -table[:, : 2 ** (fmt.bits - 1)]
+    return table.astype(np.float32)
 
 
 def _blocks(block: int, shape: tuple[int, ...]):
