@@ -1,5 +1,5 @@
 # %% [markdown]
-# # What do gradient spikes do to 4-bit training, and does Stable-SPAM prevent it?
+# # What do gradient spikes do to 4-bit training?
 #
 # **Question.** Every 50 steps gradients are a thousand times too large. What does that cost Adam, Adam with clipping by
 # the global norm, and Stable-SPAM, in a transformer whose weights and activations have 4 bits?
