@@ -205,9 +205,29 @@ figure.savefig(path, dpi=150)
 # (a) Means over the seeds, smoothed over 10 steps. (b) Means with 95 % intervals; each bar is a seed. (c) Solid: the
 # whole gradient spikes; dotted: no spikes.
 #
+# ## Reading it
+#
+# **Adam is hurt by spikes of whole tensors, not of entries.** One spike of a thousand raises the second moment by 1000
+# (`0.001 * 1000^2`) times what it was, and the step after it is some three learning rates in all entries at once; then
+# the steps stay small for hundreds of steps. Large rates suffer from the first, small ones from the second, so no rate
+# of (c) helps. A single entry has its own second moment: it loses some steps, the network next to nothing.
+#
+# **Stable-SPAM prevents nearly all of it, and so does clipping by the global norm.** Against Adam as it is, the paper's
+# claim is reproduced. Against the usual remedy there is no advantage here: with a spike of everything clipping gives
+# back the very gradient, and is even a little better. Stable-SPAM's own price has a reason: after a spike the mean of
+# the norms forgets it faster (0.7) than the mean of their squares (0.9), so updates are too small for some 40 steps. Its
+# thresholds do little in 400 steps with a decay of 0.999; it is the norm that holds the spikes down.
+#
+# **What this does not show.** Prices within 0.04 of 0 are not told apart: by so much do the two best rates differ, and
+# which is chosen rests on one seed. The spikes are injected, on a fixed beat; 4 bits alone cause none in so small a
+# model and so short a run. The paper's runs are 50 times as long, in which resets and thresholds have time to act, and
+# its spikes are of entries, too rare here to matter.
+#
 # ## Conclusion, asserted
 #
-# TEXT
+# When the whole gradient spikes, Adam at its best rate loses over 0.2 more than the other two in every seed, and they
+# lose less than 0.15. When a quarter of the tensors does, Adam loses more than 0.05 and they do not; when single entries
+# do, nobody does. (In fast mode only that Adam's price of the first is twice that of the others.)
 
 # %%
 mean_price = {key: samples.mean() for key, samples in price.items()}
