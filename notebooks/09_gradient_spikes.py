@@ -207,27 +207,27 @@ figure.savefig(path, dpi=150)
 #
 # ## Reading it
 #
-# **Adam is hurt by spikes of whole tensors, not of entries.** One spike of a thousand raises the second moment by 1000
-# (`0.001 * 1000^2`) times what it was, and the step after it is some three learning rates in all entries at once; then
-# the steps stay small for hundreds of steps. Large rates suffer from the first, small ones from the second, so no rate
-# of (c) helps. A single entry has its own second moment: it loses some steps, the network next to nothing.
+# **Adam is hurt by spikes of whole tensors, not of entries.** A spike is a thousand times the gradient in the first
+# moment, so for some 40 steps the momentum is that of one batch, and a million times in the second, so the steps are
+# too small for hundreds. Large rates suffer from the one, small rates from the other: no rate of (c) helps. A single
+# entry has its own second moment: it loses its steps, and the network next to nothing.
 #
 # **Stable-SPAM prevents nearly all of it, and so does clipping by the global norm.** Against Adam as it is, the paper's
-# claim is reproduced. Against the usual remedy there is no advantage here: with a spike of everything clipping gives
-# back the very gradient, and is even a little better. Stable-SPAM's own price has a reason: after a spike the mean of
-# the norms forgets it faster (0.7) than the mean of their squares (0.9), so updates are too small for some 40 steps. Its
-# thresholds do little in 400 steps with a decay of 0.999; it is the norm that holds the spikes down.
+# claim is reproduced. Against the usual remedy there is no advantage here: of a spike of everything clipping leaves
+# just the direction, and it is even a little better. A reason for Stable-SPAM's own price: its threshold is the mean of
+# some 50 magnitudes when the first spike comes, and lets 20 times the usual pass; then the mean of the norms forgets the
+# spike (0.7) sooner than the mean of their squares does (0.9), and the gradients that Adam gets are too small.
 #
 # **What this does not show.** Prices within 0.04 of 0 are not told apart: by so much do the two best rates differ, and
-# which is chosen rests on one seed. The spikes are injected, on a fixed beat; 4 bits alone cause none in so small a
-# model and so short a run. The paper's runs are 50 times as long, in which resets and thresholds have time to act, and
-# its spikes are of entries, too rare here to matter.
+# which is chosen rests on one seed. The spikes are injected, on a fixed beat; without them these curves have none. The
+# paper's runs are 50 times as long, so that resets and thresholds have time to act, and its models thousands of times
+# as large.
 #
 # ## Conclusion, asserted
 #
 # When the whole gradient spikes, Adam at its best rate loses over 0.2 more than the other two in every seed, and they
-# lose less than 0.15. When a quarter of the tensors does, Adam loses more than 0.05 and they do not; when single entries
-# do, nobody does. (In fast mode only that Adam's price of the first is twice that of the others.)
+# lose less than 0.15. When a quarter of the tensors does, Adam loses more than 0.05 and they do not; when single
+# entries do, nobody does. (In fast mode: Adam loses more than twice what the others do when the whole gradient spikes.)
 
 # %%
 mean_price = {key: samples.mean() for key, samples in price.items()}
