@@ -89,8 +89,8 @@ class GradientInterval:
     def cotangent(self, y: Float[Array, "*shape"], gamma: Float[Array, ""], *, key: Array) -> Float[Array, "*shape"]:
         """Returns y; its gradient is rounded as in ``chop``, and "the gradient" of gamma is the next gamma.
 
-        As with delayed scaling in ``Recipe``, the state is handed on where its gradient would be. So every product needs a
-        gamma of its own: those of two would be added.
+        As with delayed scaling in ``Recipe``, the state is handed on where its gradient would be. So every
+        product needs a gamma of its own: those of two would be added.
 
         >>> import jax, jax.numpy as jnp, qjax
         >>> interval, key = qjax.optim.GradientInterval(), jax.random.key(0)
