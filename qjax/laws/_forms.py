@@ -25,12 +25,17 @@ def _few(*parameters: Parameter) -> tuple[Parameter, ...]:
     return tuple(dataclasses.replace(p, starts=_FEW.get(p.name, _FEW_EXPONENTS)) for p in parameters)
 
 
+def _raise(x, exponent):
+    """Returns x^exponent for x > 0; XLA vectorizes exp and hoists the logarithm of data, but calls pow one by one."""
+    return jnp.exp(exponent * jnp.log(x))
+
+
 def _chinchilla(p, d):
-    return p["A"] / d["N"] ** p["alpha"] + p["B"] / d["D"] ** p["beta"] + p["E"]
+    return p["A"] * _raise(d["N"], -p["alpha"]) + p["B"] * _raise(d["D"], -p["beta"]) + p["E"]
 
 
 def _power(p, d):
-    return p["c"] / d["x"] ** p["alpha"]
+    return p["c"] * _raise(d["x"], -p["alpha"])
 
 
 def _saturating_power(p, d):
@@ -49,21 +54,22 @@ def _precision_parameters(p, d):
 
 
 def _post_training(p, d):
-    size = p["C_T"] * d["D"] ** p["gamma_D"] / _precision_parameters(p, d) ** p["gamma_N"]
+    size = p["C_T"] * _raise(d["D"], p["gamma_D"]) * _raise(_precision_parameters(p, d), -p["gamma_N"])
     return _precision(p, d) - size * jnp.exp(-d["P_post"] / p["gamma_post"]) * jnp.expm1(
         -p["C_w"] * (d["P_w"] - d["P_post"])
     )
 
 
 def _float_quantization(p, d):
-    bits = p["gamma"] * (d["E"] + 0.5) ** p["delta"] * (d["M"] + 0.5) ** p["nu"]
-    error = d["D"] ** p["beta"] / d["N"] ** p["alpha"] * jnp.log2(d["B"]) / bits
-    return p["n"] / d["N"] ** p["alpha"] + p["d"] / d["D"] ** p["beta"] + p["eps"] + error
+    parameters, tokens = _raise(d["N"], -p["alpha"]), _raise(d["D"], p["beta"])
+    bits = _raise(d["E"] + 0.5, -p["delta"]) * _raise(d["M"] + 0.5, -p["nu"])
+    error = tokens * parameters * jnp.log2(d["B"]) * bits / p["gamma"]
+    return p["n"] * parameters + p["d"] / tokens + p["eps"] + error
 
 
 def _qat(p, d):
-    error = p["k"] * d["D"] ** p["gamma_D"] * jnp.log2(d["G"]) ** p["gamma_G"] / d["N"] ** p["gamma_N"]
-    return _chinchilla(p, d) + error
+    error = _raise(d["D"], p["gamma_D"]) * _raise(jnp.log2(d["G"]), p["gamma_G"]) * _raise(d["N"], -p["gamma_N"])
+    return _chinchilla(p, d) + p["k"] * error
 
 
 def _quest(p, d):
@@ -72,7 +78,8 @@ def _quest(p, d):
 
 def _quartet(p, d):
     parameters, tokens = d["N"] * p["eff_N"][d["forward"]], d["D"] * p["eff_D"][d["backward"]]
-    return (p["A"] / parameters ** p["alpha"] + p["B"] / tokens ** p["beta"]) ** p["gamma"] + p["E"]
+    inner = p["A"] * _raise(parameters, -p["alpha"]) + p["B"] * _raise(tokens, -p["beta"])
+    return _raise(inner, p["gamma"]) + p["E"]
 
 
 _X = Column("x", "any positive quantity: parameters, tokens, FLOPs")
@@ -111,7 +118,7 @@ _BITS = tuple(
     for x, what in (("w", "weights"), ("a", "activations"), ("kv", "keys and values"))
 )
 _OFFSETS = tuple(
-    Parameter(f"{letter}_{x}", (1.0,) if letter == "n" else (1.0, 3.0), (1e-6, 100.0), needs=(f"P_{x}",))
+    Parameter(f"{letter}_{x}", (0.3, 1.0, 3.0) if letter == "n" else (2.0,), (1e-6, 100.0), needs=(f"P_{x}",))
     for x in ("w", "a", "kv")
     for letter in ("gamma", "n")
 )
@@ -281,12 +288,8 @@ QUARTET = Law(
         Column("backward", "format of the backward pass", category=True),
     ),
     (
-        _A,
-        _B,
-        _E,
-        _ALPHA,
-        _BETA,
-        Parameter("gamma", (1.0,), (1e-2, 10.0)),
+        *_few(_A, _B, _E, _ALPHA, _BETA),
+        Parameter("gamma", (0.3, 1.0), (1e-2, 10.0)),
         Parameter("eff_N", (0.5,), (1e-3, 4.0), per="forward"),
         Parameter("eff_D", (0.5,), (1e-3, 4.0), per="backward"),
     ),
@@ -309,3 +312,5 @@ QUARTET = Law(
         }.items()
     ),
 )
+
+__all__ = [name for name, value in globals().items() if isinstance(value, Law)]
