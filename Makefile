@@ -40,6 +40,7 @@ bench: $(VENV)/bench.installed
 	$(RUN) benchmarks/chop.py
 	$(RUN) benchmarks/train_step.py
 	$(RUN) benchmarks/optimizer_step.py
+	$(RUN) benchmarks/laws.py
 
 docs: $(VENV)/docs.installed
 	$(RUN) -m mkdocs build --strict --quiet

@@ -1,7 +1,7 @@
 """Times fits of the Chinchilla form from 4500 starts, and 4000 bootstraps, and compares the optimum with SciPy's.
 
-    python benchmarks/laws.py               # writes benchmarks/results/laws.md
-    python benchmarks/laws.py --scipy 4500  # SciPy from every start; some minutes
+python benchmarks/laws.py               # writes benchmarks/results/laws.md
+python benchmarks/laws.py --scipy 4500  # SciPy from every start; some minutes
 """
 
 import argparse
@@ -40,7 +40,9 @@ def with_scipy(objective, starts):
         return float(value), np.asarray(slope)
 
     options = {"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-12}
-    return np.array([scipy.optimize.minimize(value, z, jac=True, method="L-BFGS-B", options=options).fun for z in starts])
+    return np.array(
+        [scipy.optimize.minimize(value, z, jac=True, method="L-BFGS-B", options=options).fun for z in starts]
+    )
 
 
 def with_optax(objective, starts, steps):
@@ -91,7 +93,9 @@ def main():
         with np.errstate(all="ignore"):
             start = time.perf_counter()
             ends = with_scipy(objective, some[: options.scipy])
-            rows.append(("SciPy, L-BFGS-B, compiled gradients", len(ends), time.perf_counter() - start, None, np.nanmin(ends)))
+            rows.append(
+                ("SciPy, L-BFGS-B, compiled gradients", len(ends), time.perf_counter() - start, None, np.nanmin(ends))
+            )
         ends, seconds = timed(with_optax, objective, some[: options.optax], 200)
         rows.append(("`optax.lbfgs`, 200 steps, all at once", len(ends), seconds, None, np.nanmin(ends)))
     packages = [f"{name} {importlib.metadata.version(name)}" for name in ("qjax", "jax", "optax", "scipy")]
@@ -100,7 +104,8 @@ def main():
         "",
         f"- {datetime.datetime.now():%Y-%m-%d %H:%M}, `python benchmarks/laws.py --scipy {options.scipy}`",
         f"- {', '.join(packages)}, Python {sys.version.split()[0]}",
-        f"- device {jax.devices()[0].platform}; {os.cpu_count()} cores, shared, load {os.getloadavg()[0]:.1f}: quiet cores are faster",
+        f"- device {jax.devices()[0].platform}; {os.cpu_count()} cores, shared, load {os.getloadavg()[0]:.1f}: "
+        "quiet cores are faster",
         "",
         "The Chinchilla form on 240 runs, Huber's delta 1e-3, starts of the published grid (a random part of it where",
         f"there are fewer), after compilation. {result.reached} of the 4500 starts of `laws.fit` reached its optimum.",

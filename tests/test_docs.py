@@ -9,6 +9,7 @@ import flax.nnx
 import pytest
 
 import qjax
+import qjax.laws
 import qjax.linen
 import qjax.nnx
 import qjax.optim
@@ -39,6 +40,17 @@ def test_every_optimizer_is_documented(name):
     assert getattr(qjax.optim, name).__doc__
 
 
+@pytest.mark.parametrize("name", qjax.laws.__all__)
+def test_every_part_of_laws_is_documented(name):
+    reference, thing = (ROOT / "docs" / "api.md").read_text(), getattr(qjax.laws, name)
+    if isinstance(thing, qjax.laws.Law):
+        assert f"`{name}`" in reference and f"`{name}`" in (ROOT / "docs" / "laws.md").read_text()
+        assert "https://" in thing.citation
+    else:
+        assert f"\n::: qjax.laws.{name}\n" in reference
+        assert thing.__doc__
+
+
 @pytest.mark.parametrize("name", qjax.unit_scaling.__all__)
 def test_every_unit_scaled_operation_is_documented(name):
     assert f"\n::: qjax.unit_scaling.{name}\n" in (ROOT / "docs" / "api.md").read_text()
@@ -57,7 +69,7 @@ def test_every_layer_is_listed(module, flax_module):
 
 
 def test_the_reference_names_nothing_else():
-    reference, modules = (ROOT / "docs" / "api.md").read_text(), {"linen", "nnx", "optim", "unit_scaling"}
+    reference, modules = (ROOT / "docs" / "api.md").read_text(), {"laws", "linen", "nnx", "optim", "unit_scaling"}
     assert set(re.findall(r"^(?:::: qjax\.|### `)(\w+)", reference, re.MULTILINE)) <= {*qjax.__all__, *modules}
 
 

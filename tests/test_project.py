@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(qjax.__file__).parent
 
 # A module may import those above it. Modules of one row do not see each other.
 LAYERS = (
-    ("formats", "_carrier", "unit_scaling"),
+    ("formats", "_carrier", "unit_scaling", "laws"),
     ("_rounding",),
     ("_random", "_blocks", "_codebook"),
     ("_scaled",),
@@ -31,7 +31,7 @@ LAYERS = (
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Who else may import what.
-ONLY = {"flax": {"linen", "nnx"}, "optax": {"optim", "laws"}, "matplotlib": {"stats"}}
+ONLY = {"flax": {"linen", "nnx"}, "optax": {"optim", "laws"}, "matplotlib": {"stats", "_plots"}}
 
 
 def imports(path: pathlib.Path) -> set[str]:

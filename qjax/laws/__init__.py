@@ -4,13 +4,41 @@ from qjax.laws._allocation import Allocation, iso_compute, iso_loss, optimal_all
 from qjax.laws._bootstrap import Bootstrap, bootstrap
 from qjax.laws._compare import Score, cross_validate, r_squared
 from qjax.laws._fit import Fit, fit, fit_two_stage
-from qjax.laws._forms import *  # noqa: F403
-from qjax.laws._forms import __all__ as _forms
+from qjax.laws._forms import (
+    CHINCHILLA,
+    CHINCHILLA_REPLICATION,
+    FLOAT_QUANTIZATION,
+    POST_TRAINING,
+    POWER,
+    PRECISION,
+    QAT_W4A4,
+    QAT_W4A4_FC2_8BIT,
+    QAT_W4A16,
+    QAT_W16A4,
+    QAT_W16A4_FC2_8BIT,
+    QUARTET,
+    QUEST,
+    SATURATING_POWER,
+)
 from qjax.laws._law import Column, Law, Model, Parameter
 from qjax.laws._plots import plot_fit, plot_iso_loss, plot_pareto, plot_residuals
 from qjax.laws._questions import Split, critical_data_size, effective_parameters, optimal_precision, optimal_split
 
 __all__ = [
+    "CHINCHILLA",
+    "CHINCHILLA_REPLICATION",
+    "FLOAT_QUANTIZATION",
+    "POST_TRAINING",
+    "POWER",
+    "PRECISION",
+    "QAT_W4A4",
+    "QAT_W4A4_FC2_8BIT",
+    "QAT_W4A16",
+    "QAT_W16A4",
+    "QAT_W16A4_FC2_8BIT",
+    "QUARTET",
+    "QUEST",
+    "SATURATING_POWER",
     "Allocation",
     "Bootstrap",
     "Column",
@@ -37,4 +65,3 @@ __all__ = [
     "plot_residuals",
     "r_squared",
 ]
-__all__ += _forms

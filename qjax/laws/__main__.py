@@ -61,13 +61,17 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--loss", default="loss", help="the column of losses")
     fit.add_argument("--column", action="append", default=[], type=_pair, metavar="NAME=CSV", help="where names differ")
     fit.add_argument("--fix", action="append", default=[], type=_pair, metavar="PARAMETER=VALUE")
-    fit.add_argument("--tie", action="append", default=None, type=_pair, metavar="A=B", help="in place of the law's ties")
+    fit.add_argument(
+        "--tie", action="append", default=None, type=_pair, metavar="A=B", help="in place of the law's ties"
+    )
     fit.add_argument("--delta", type=float, default=1e-3, help="Huber's width; inf is least squares, 0 the L1 limit")
     ask = commands.add_parser("ask", help="ask a law")
     ask.add_argument("question", choices=_QUESTIONS)
     ask.add_argument("given", nargs="*", type=_pair, metavar="name=value", help="what the question's function takes")
     ask.add_argument("--law", default="float_quantization", choices=_LAWS)
-    ask.add_argument("--set", action="append", default=[], type=_pair, metavar="PARAMETER=VALUE", help="other constants")
+    ask.add_argument(
+        "--set", action="append", default=[], type=_pair, metavar="PARAMETER=VALUE", help="other constants"
+    )
     return main
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -26,7 +25,7 @@ class Bootstrap:
     def interval(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
         """Returns the central interval of each parameter that holds this share of the samples."""
         tails = np.quantile(self.samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return {name: (float(low), float(high)) for name, low, high in zip(self.names, *tails)}
+        return {name: (float(low), float(high)) for name, low, high in zip(self.names, *tails, strict=True)}
 
 
 def bootstrap(fit: Fit, samples: int = 4000, *, key: jax.Array, max_steps: int = 100) -> Bootstrap:
@@ -60,13 +59,15 @@ def bootstrap(fit: Fit, samples: int = 4000, *, key: jax.Array, max_steps: int =
         raise ValueError("bootstrap: delta is 0, whose kinks hold resampled optima; fit with a small delta, say 1e-4")
     n, problem = len(fit.runs), fit.problem
     strata = [fit.runs.columns[name] for name in fit.runs.levels] or [np.zeros(n, np.int64)]
-    _, stratum = np.unique(np.stack([np.unique(s, return_inverse=True)[1] for s in strata]), axis=1, return_inverse=True)
-    order, size = np.argsort(stratum, kind="stable"), np.bincount(stratum)
+    _, stratum = np.unique(
+        np.stack([np.unique(s, return_inverse=True)[1] for s in strata]), axis=1, return_inverse=True
+    )
+    size = np.bincount(stratum)
     first = (np.cumsum(size) - size)[stratum]
     with jax.enable_x64(True):
-        draw = jax.random.randint(key, (samples, n), 0, size[stratum])
-        picked = jnp.asarray(order)[first + draw]
-        counts = jax.vmap(lambda rows: jnp.zeros(n).at[rows].add(1.0))(picked)
+        draw = np.asarray(jax.random.randint(key, (samples, n), 0, np.broadcast_to(size[stratum], (samples, n))))
+        picked = np.argsort(stratum, kind="stable")[first + draw]
+        counts = np.stack([np.bincount(rows, minlength=n) for rows in picked]).astype(np.float64)
         z = problem.fitted(np.array([fit.parameters[name] for name in fit.free]))
         rest = (problem.encode(fit.runs), np.log(fit.runs.loss), counts, fit.delta)
         ends, *_ = minimize_many(problem, np.tile(z, (samples, 1)), *rest, max_steps=max_steps)

@@ -58,6 +58,7 @@ def cross_validate(
     columns: Mapping[str, str] | None = None,
     delta: float = 1e-3,
     fixed: Mapping[str, float] | None = None,
+    starts: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Score]:
     """Returns the held-out scores of rival laws on the same folds of the same runs, the best first.
 
@@ -67,7 +68,7 @@ def cross_validate(
       folds: into how many parts the runs are dealt; each is predicted from the others.
       key: of ``jax.random.key``, deals the runs.
       by: a column whose values are dealt as wholes, such as N: do the laws extrapolate to an unseen size?
-      fixed: as in ``fit``; each law takes those that it has.
+      fixed, starts: as in ``fit``; each law takes those that it has.
 
     Raises:
       ValueError: there are fewer runs, or values of ``by``, than folds; a held-out level has no run in the others;
@@ -84,14 +85,18 @@ def cross_validate(
 
     Warnings of single folds are not issued: fit all runs to see them.
     """
-    every: list[tuple[Law, Runs]] = [(law, read("cross_validate", law, data, loss, _columns_of(law, columns))) for law in laws]
+    every = [(law, read("cross_validate", law, data, loss, _columns_of(law, columns))) for law in laws]
+    known = {p.name for law in laws for p in law.parameters}
+    if unknown := sorted({n for n in (*(fixed or {}), *(starts or {})) if n.split("[")[0] not in known}):
+        raise ValueError(f"cross_validate: fixed or starts has {unknown[0]!r}, a parameter of none of the laws")
     fold = _deal(every, folds, key, by)
     scores = []
     for law, runs in every:
-        held = {n: v for n, v in (fixed or {}).items() if n.split("[")[0] in {p.name for p in law.parameters}}
+        own = {p.name for p in law.parameters}
+        held, begin = ({n: v for n, v in (x or {}).items() if n.split("[")[0] in own} for x in (fixed, starts))
         predicted, free = np.zeros(len(runs)), 0
         for part in range(folds):
-            result = fit_runs("cross_validate", runs.take(fold != part), delta, held, None, {}, 200)
+            result = fit_runs("cross_validate", runs.take(fold != part), delta, held, None, begin, 200)
             predicted[fold == part] = np.log(result.model(runs.take(fold == part).columns))
             free = len(result.free)
         residuals = predicted - np.log(runs.loss)

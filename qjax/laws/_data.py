@@ -35,7 +35,7 @@ class Runs:
 def read(caller: str, law: Law, data: Any, loss: str = "loss", columns: Mapping[str, str] | None = None) -> Runs:
     """Returns the runs in ``data``, checked; ``columns`` says where the data has another name than the law."""
     columns = columns or {}
-    table = _csv(caller, data) if isinstance(data, (str, os.PathLike)) else data
+    table: Any = _csv(caller, data) if isinstance(data, (str, os.PathLike)) else data
     if not hasattr(table, "keys") and not hasattr(table, "columns"):
         raise TypeError(
             f"{caller}: data is a {type(data).__name__}; expected a mapping of arrays, a data frame or a CSV path"

@@ -97,13 +97,15 @@ class Fit:
     @property
     def standard_errors(self) -> dict[str, float]:
         """The square roots of the variances of the free parameters."""
-        return dict(zip(self.free, np.sqrt(np.diag(self.covariance)).tolist()))
+        return dict(zip(self.free, np.sqrt(np.diag(self.covariance)).tolist(), strict=True))
 
     def __str__(self) -> str:
         errors = self.standard_errors
         lines = [self.model.law.equation, f"{'parameter':<28}{'value':>14}{'standard error':>18}"]
         for name, value in self.parameters.items():
-            lines.append(f"{name:<28}{value:>14.6g}" + (f"{errors[name]:>18.3g}" if name in errors else f"{'':>13}fixed"))
+            lines.append(
+                f"{name:<28}{value:>14.6g}" + (f"{errors[name]:>18.3g}" if name in errors else f"{'':>13}fixed")
+            )
         rms = math.sqrt(np.mean(self.residuals**2))
         lines.append(f"{len(self.runs)} runs, objective {self.objective:.5g}, rms of log residuals {rms:.3g}")
         lines.append(f"{self.reached} of {self.starts} starts reached the optimum")
@@ -181,7 +183,9 @@ def fit_runs(caller: str, runs: Runs, delta: float, fixed, tied, starts, max_ste
         rest = (data, np.log(runs.loss), np.ones(len(runs)))
         ends, objectives, _ = map(np.asarray, minimize_many(problem, first, *rest, widths[0], max_steps=max_steps))
         if not np.isfinite(objectives.min()):
-            raise ValueError(f"{caller}: {runs.law.name} is not a positive number at any start; give others as starts=...")
+            raise ValueError(
+                f"{caller}: {runs.law.name} is not a positive number at any start; give others as starts=..."
+            )
         ends = ends[np.argsort(objectives)[:16]]
         for width in widths:
             ends, polished, _ = map(np.asarray, minimize_many(problem, ends, *rest, width, max_steps=20 * max_steps))
@@ -191,7 +195,7 @@ def fit_runs(caller: str, runs: Runs, delta: float, fixed, tied, starts, max_ste
         values = np.asarray(problem.all_of(natural))
     residuals = log_prediction - rest[1]
     return Fit(
-        model=Model(runs.law, tuple(zip(problem.names, values.tolist()))),
+        model=Model(runs.law, tuple(zip(problem.names, values.tolist(), strict=True))),
         free=problem.free,
         objective=best if delta else float(np.abs(residuals).sum()),
         residuals=residuals,
@@ -220,7 +224,9 @@ def _problem(caller: str, runs: Runs, fixed: Mapping[str, float], tied: Mapping[
     names = expand(law, levels)
     for kind, given in (("fixed", [*fixed]), ("tied", [*tied, *tied.values()])):
         if unknown := [name for name in given if name not in names]:
-            raise ValueError(f"{caller}: {kind} has {unknown[0]!r}; the parameters of {law.name} are {', '.join(names)}")
+            raise ValueError(
+                f"{caller}: {kind} has {unknown[0]!r}; the parameters of {law.name} are {', '.join(names)}"
+            )
     # A parameter that is fixed is not tied; one that is tied to a fixed one has its value.
     ties = {a: b for a, b in tied.items() if a not in fixed}
     if chain := sorted(set(ties) & set(ties.values())):
@@ -237,7 +243,9 @@ def _starts(caller: str, problem: Problem, starts: Mapping[str, Sequence[float]]
         raise ValueError(f"{caller}: starts has {unknown[0]!r}; the free parameters are {', '.join(problem.free)}")
     grid = [starts.get(n, starts.get(n.split("[")[0], problem.parameter(n).starts)) for n in problem.free]
     natural = np.array(list(itertools.product(*grid)), np.float64)
-    if bad := [n for n, log, column in zip(problem.free, problem.log, natural.T) if log and not (column > 0).all()]:
+    if bad := [
+        n for n, log, column in zip(problem.free, problem.log, natural.T, strict=True) if log and not (column > 0).all()
+    ]:
         raise ValueError(f"{caller}: starts of {bad[0]!r} must be positive, got {[*starts[bad[0].split('[')[0]]]}")
     return problem.fitted(natural)
 

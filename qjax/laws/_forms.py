@@ -102,6 +102,7 @@ CHINCHILLA = Law(
         zip(
             ("A", "B", "E", "alpha", "beta"),
             (math.exp(6.0073404), math.exp(6.0179186), math.exp(0.5267228), 0.33917084, 0.2849083),
+            strict=True,
         )
     ),
 )
@@ -235,9 +236,7 @@ def _qat_law(name: str, what: str, k: float, gamma_N: float, gamma_D: float, gam
 QAT_W4A4 = _qat_law("qat_w4a4", "4-bit weights and activations", 0.1582, 0.2186, 0.0745, 0.7779)
 QAT_W4A16 = _qat_law("qat_w4a16", "4-bit weights", 0.2522, 0.3589, 0.1610, 0.3533)
 QAT_W16A4 = _qat_law("qat_w16a4", "4-bit activations", 0.1004, 0.1816, 0.0331, 0.9812)
-QAT_W4A4_FC2_8BIT = _qat_law(
-    "qat_w4a4_fc2_8bit", "4 bits, the input of FC2 in 8", 0.3519, 0.2637, 0.0964, 0.3407
-)
+QAT_W4A4_FC2_8BIT = _qat_law("qat_w4a4_fc2_8bit", "4 bits, the input of FC2 in 8", 0.3519, 0.2637, 0.0964, 0.3407)
 QAT_W16A4_FC2_8BIT = _qat_law(
     "qat_w16a4_fc2_8bit",
     "4-bit activations, the input of FC2 in 8; gamma_G is that of the table, the text has .4471",
@@ -312,5 +311,3 @@ QUARTET = Law(
         }.items()
     ),
 )
-
-__all__ = [name for name, value in globals().items() if isinstance(value, Law)]

@@ -175,7 +175,9 @@ class Model:
             raise ValueError(f"{self.law.name}: unknown column {unknown[0]}; expected {', '.join(names)}")
         levels = tuple((c.name, self.levels(c.name)) for c in self.law.columns if c.category)
         arrays = np.broadcast_arrays(*(np.asarray(given[name]) for name in names))
-        codes = {c.name: encode(self.law.name, c, a, dict(levels)) for c, a in zip(self.law.columns, arrays)}
+        codes = {
+            c.name: encode(self.law.name, c, a, dict(levels)) for c, a in zip(self.law.columns, arrays, strict=True)
+        }
         flat = expand(self.law, levels)
         theta = np.array([self.parameters[name] for name in flat])
         with jax.enable_x64(True):

@@ -1,5 +1,6 @@
 """Figures of fits and of laws. Each draws into the axes it is given, or into new ones, and returns them."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ def plot_iso_loss(
       axes: matplotlib axes to draw into.
     """
     axes, sizes = _axes(axes), np.geomspace(min(N), max(N), 200)
-    for style, (name, setting) in zip(("-", "--", ":", "-."), settings.items(), strict=False):
+    for style, (name, setting) in zip(itertools.cycle(("-", "--", ":", "-.")), settings.items(), strict=False):
         for i, loss in enumerate(losses):
             label = f"{name} {loss:g}".strip()
             axes.plot(sizes, iso_loss(model, loss, sizes, **setting), style, color=f"C{i % 10}", label=label)
@@ -101,7 +102,12 @@ def plot_iso_loss(
 
 
 def plot_pareto(
-    model: Model, flops: Sequence[float], *, settings: Mapping[str, Mapping], bits: Mapping[str, float], axes: Any = None
+    model: Model,
+    flops: Sequence[float],
+    *,
+    settings: Mapping[str, Mapping],
+    bits: Mapping[str, float],
+    axes: Any = None,
 ) -> Any:
     """Returns axes with the least loss over compute for each format, and the envelope of them all.
 
@@ -145,5 +151,5 @@ def _label(name: str, value) -> str:
 
 
 def _interval(fit: Fit, samples: Bootstrap, line: Mapping[str, Any]) -> np.ndarray:
-    models = (dict(fit.parameters, **dict(zip(samples.names, row))) for row in samples.samples[:400])
+    models = (dict(fit.parameters, **dict(zip(samples.names, row, strict=True))) for row in samples.samples[:400])
     return np.quantile([Model(fit.model.law, tuple(p.items()))(line) for p in models], [0.025, 0.975], axis=0)

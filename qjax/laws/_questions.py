@@ -120,7 +120,12 @@ def optimal_precision(
 
 
 def effective_parameters(
-    model: Model, data: Mapping[str, Any] | None = None, /, *, reference: Mapping[str, Any] | None = None, **columns: Any
+    model: Model,
+    data: Mapping[str, Any] | None = None,
+    /,
+    *,
+    reference: Mapping[str, Any] | None = None,
+    **columns: Any,
 ) -> Float[np.ndarray, "..."]:
     """Returns how many parameters at full precision have the loss that N parameters have in a format.
 

@@ -62,10 +62,16 @@ def minimize(
         gain = jnp.clip((s.objective - objective) / jnp.maximum(promised, 1e-300), 0.0, 1.0)
         damping = s.damping * jnp.where(taken, jnp.maximum(0.2, 1 - (2 * gain - 1) ** 3), s.growth)
         done = ~(promised > 1e-14 * s.objective) | (s.objective < 1e-30) | (damping > 1e15)
-        fresh = (s.z + move, r, jacobian, objective)
-        kept = (jnp.where(taken, new, old) for new, old in zip(fresh, s[:4]))
-        growth = jnp.where(taken, 2.0, 2 * s.growth)
-        return _State(*kept, jnp.maximum(damping, 1e-14), growth, s.steps + 1, done)
+        return _State(
+            z=jnp.where(taken, s.z + move, s.z),
+            r=jnp.where(taken, r, s.r),
+            jacobian=jnp.where(taken, jacobian, s.jacobian),
+            objective=jnp.where(taken, objective, s.objective),
+            damping=jnp.maximum(damping, 1e-14),
+            growth=jnp.where(taken, 2.0, 2 * s.growth),
+            steps=s.steps + 1,
+            done=done,
+        )
 
     r, jacobian, objective = evaluate(start)
     bad = ~(jnp.isfinite(objective) & jnp.all(jnp.isfinite(jacobian)))
