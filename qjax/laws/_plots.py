@@ -36,7 +36,7 @@ def plot_fit(fit: Fit, x: str = "D", *, group: str = "N", samples: Bootstrap | N
     _known("plot_fit", fit.model, x, group)
     axes, runs = _axes(axes), fit.runs
     others = [name for name in runs.columns if name != x]
-    values = list(dict.fromkeys(runs.columns[group].tolist()))
+    values = sorted(set(runs.columns[group].tolist()))
     keys, member = np.unique(np.stack([runs.columns[name].astype(str) for name in others]), axis=1, return_inverse=True)
     for i in range(keys.shape[1]):
         rows = np.flatnonzero(member == i)
@@ -49,8 +49,10 @@ def plot_fit(fit: Fit, x: str = "D", *, group: str = "N", samples: Bootstrap | N
         axes.plot(fine, fit.model(line), color=color, linewidth=1)
         if samples is not None:
             axes.fill_between(fine, *_interval(fit, samples, line), color=color, alpha=0.2, linewidth=0)
-    axes.set(xscale="log", yscale="log", xlabel=_meaning(fit.model, x), ylabel="loss")
-    axes.legend(fontsize="small")
+    axes.set(xscale="log", xlabel=_meaning(fit.model, x), ylabel="loss")
+    axes.xaxis.set_minor_formatter("")
+    order = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda pair: pair[0].get_color())
+    axes.legend(*zip(*order, strict=True), fontsize="small")
     return axes
 
 
@@ -74,6 +76,7 @@ def plot_residuals(fit: Fit, x: str = "N", *, axes: Any = None) -> Any:
         axes.tick_params("x", rotation=30)
     else:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")
     axes.set(xlabel=_meaning(fit.model, x), ylabel="log predicted - log observed")
     return axes
 
@@ -129,7 +132,7 @@ def plot_pareto(
         curves.append([optimal_allocation(model, b, bits=bits[name], **setting).loss for b in budgets])
         axes.plot(budgets, curves[-1], label=f"{name}, {bits[name]:g} bits")
     axes.plot(budgets, np.min(curves, axis=0), color="0.2", linewidth=4, alpha=0.25, label="the best")
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs, in 16-bit operations", ylabel="least loss")
+    axes.set(xscale="log", xlabel="training FLOPs, in 16-bit operations", ylabel="least loss")
     axes.legend(fontsize="small")
     return axes
 
