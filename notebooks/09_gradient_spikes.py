@@ -1,5 +1,5 @@
 # %% [markdown]
-# # What do gradient spikes do to 4-bit training, and does Stable-SPAM prevent it?
+# # What do gradient spikes do to 4-bit training?
 #
 # **Question.** Every 50 steps gradients are a thousand times too large. What does that cost Adam, Adam with clipping by
 # the global norm, and Stable-SPAM, in a transformer whose weights and activations have 4 bits?
@@ -205,9 +205,29 @@ figure.savefig(path, dpi=150)
 # (a) Means over the seeds, smoothed over 10 steps. (b) Means with 95 % intervals; each bar is a seed. (c) Solid: the
 # whole gradient spikes; dotted: no spikes.
 #
+# ## Reading it
+#
+# **Adam is hurt by spikes of whole tensors, not of entries.** A spike is a thousand times the gradient in the first
+# moment, so for some 40 steps the momentum is that of one batch, and a million times in the second, so the steps are
+# too small for hundreds. Large rates suffer from the one, small rates from the other: no rate of (c) helps. A single
+# entry has its own second moment: it loses its steps, and the network next to nothing.
+#
+# **Stable-SPAM prevents nearly all of it, and so does clipping by the global norm.** Against Adam as it is, the paper's
+# claim is reproduced. Against the usual remedy there is no advantage here: of a spike of everything clipping leaves
+# just the direction, and it is even a little better. A reason for Stable-SPAM's own price: its threshold is the mean
+# of some 50 magnitudes when the first spike comes, and lets 20 times the usual pass; then the mean of the norms forgets
+# the spike (0.7) sooner than the mean of their squares does (0.9), and the gradients that Adam gets are too small.
+#
+# **What this does not show.** Prices within 0.04 of 0 are not told apart: by so much do the two best rates differ, and
+# which is chosen rests on one seed. The spikes are injected, on a fixed beat; without them these curves have none. The
+# paper's runs are 50 times as long, so that resets and thresholds have time to act, and its models thousands of times
+# as large.
+#
 # ## Conclusion, asserted
 #
-# TEXT
+# When the whole gradient spikes, Adam at its best rate loses over 0.2 more than the other two in every seed, and they
+# lose less than 0.15. When a quarter of the tensors does, Adam loses more than 0.05 and they do not; when single
+# entries do, nobody does. (In fast mode: Adam loses more than twice what the others do when the whole gradient spikes.)
 
 # %%
 mean_price = {key: samples.mean() for key, samples in price.items()}
