@@ -122,9 +122,9 @@ def sweep(
 
 
 _BROKEN = (
-    f"sweep: {_HOPELESS} executors broke with one run each, and no run finished. With processes, run must be importable "
-    "from a module (no cell of a notebook), and a script that starts them needs `if __name__ == '__main__':`. If it is "
-    "the runs that kill their workers, put others before them."
+    f"sweep: {_HOPELESS} executors broke with one run each, and no run finished. With processes, run must be "
+    "importable from a module (no cell of a notebook), and a script that starts them needs `if __name__ == "
+    "'__main__':`. If it is the runs that kill their workers, put others before them."
 )
 
 
@@ -154,12 +154,13 @@ def rows(path: str | os.PathLike, design: Sequence[Point]) -> list[dict[str, Val
 @contextlib.contextmanager
 def _submitted(run, points: list[Point], executor) -> Iterator[dict[Future, Point]]:
     """Gives the futures of runs, in the order of their points; at the end those that have not begun are cancelled."""
-    with executor() as pool:
-        if not isinstance(pool, Executor):
-            raise TypeError(
-                f"sweep: executor must return a concurrent.futures.Executor, got {type(pool).__name__}; "
-                "docs/sweep.md shows how to use what is none, such as submitit."
-            )
+    pool = executor()
+    if not isinstance(pool, Executor):
+        raise TypeError(
+            f"sweep: executor must return a concurrent.futures.Executor, got {type(pool).__name__}; docs/sweep.md "
+            "shows how to use what is none, such as submitit."
+        )
+    with pool:
         futures = {}
         try:
             for point in points:
