@@ -11,7 +11,7 @@ Value = str | int | float | bool | None
 Point = dict[str, Value]
 
 
-def grid(**axes: Iterable[Value]) -> list[Point]:
+def grid(**axes: Iterable[Any]) -> list[Point]:
     """Returns the points of a full factorial design, the last axis the fastest.
 
     Args:
@@ -76,7 +76,7 @@ def _draw(name: str, distribution: Any, generator: np.random.Generator) -> Any:
     )
 
 
-def checked(design: Sequence[Point]) -> list[Point]:
+def checked(design: Sequence[Mapping[str, Value]]) -> list[Point]:
     """Returns the points of a design as plain data, if they are distinct."""
     if isinstance(design, Mapping) or not all(isinstance(point, Mapping) for point in design):
         raise TypeError(f"sweep: design must be a list of dicts, got {design!r:.80}; grid(...) makes one.")

@@ -22,8 +22,8 @@ _HOPELESS = 3
 
 
 def sweep(
-    run: Callable[[Point], Mapping[str, Value]],
-    design: Sequence[Point],
+    run: Callable[[Point], Mapping[str, Any]],
+    design: Sequence[Mapping[str, Value]],
     path: str | os.PathLike,
     *,
     executor: Callable[[], Executor],
@@ -128,7 +128,7 @@ _BROKEN = (
 )
 
 
-def rows(path: str | os.PathLike, design: Sequence[Point]) -> list[dict[str, Value]]:
+def rows(path: str | os.PathLike, design: Sequence[Mapping[str, Value]]) -> list[dict[str, Value]]:
     """Returns the rows that the file of a sweep has of a design, in its order; points without a result are left out.
 
     It may be called while the sweep is running.
