@@ -17,6 +17,8 @@ PACKAGE = pathlib.Path(qjax.__file__).parent
 LAYERS = (
     ("sweep",),
     ("formats", "_carrier", "unit_scaling"),
+    ("_modes",),
+    ("_grid",),
     ("_rounding",),
     ("_random", "_blocks", "_codebook"),
     ("_scaled",),
