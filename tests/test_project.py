@@ -15,6 +15,7 @@ PACKAGE = pathlib.Path(qjax.__file__).parent
 
 # A module may import those above it. Modules of one row do not see each other.
 LAYERS = (
+    ("sweep",),
     ("formats", "_carrier", "unit_scaling"),
     ("_modes",),
     ("_grid",),
