@@ -39,6 +39,7 @@ notebooks: $(VENV)/studies.installed
 bench: $(VENV)/bench.installed
 	$(RUN) benchmarks/chop.py
 	$(RUN) benchmarks/train_step.py
+	$(RUN) benchmarks/optimizer_step.py
 
 docs: $(VENV)/docs.installed
 	$(RUN) -m mkdocs build --strict --quiet

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import _carrier, _rounding
-from qjax._rounding import Random, Rounding
+from qjax import _carrier, _modes
+from qjax._modes import Random, Rounding
 from qjax.formats import Codebook
 
 
@@ -93,17 +93,13 @@ def round_to_codebook(
     ordinal = jnp.where(bits < 0, c.int(np.iinfo(c.int).min) - bits, bits)
 
     split = Rounding.TOWARD_NEGATIVE if rounding.is_stochastic else rounding
-    thresholds = jnp.asarray(_thresholds(fmt, split, np.dtype(c.float), held).astype(c.int))
-    if len(thresholds) <= 32:
-        index = sum((ordinal >= thresholds[i]).astype(jnp.int32) for i in range(len(thresholds)))
-    else:
-        index = jnp.searchsorted(thresholds, ordinal, side="right", method="scan_unrolled").astype(jnp.int32)
+    index = _count_up_to(_thresholds(fmt, split, np.dtype(c.float), held).astype(c.int), ordinal, c)
     if rounding.is_stochastic:
         lowest = c.int(_ordinal_of(table[:1].astype(c.float))[0])
         inside = jnp.where(ordinal < lowest, values[0], x)
         index = _draw(inside, index, values, fmt, kept, rounding, random, c)
     result = values[index]
-    position = jnp.asarray(kept.astype(np.int32))[index]
+    position = index if len(kept) == len(fmt.table) else jnp.asarray(kept.astype(np.int32))[index]
     magnitude = bits & c.int(np.iinfo(c.int).max)
     nan = magnitude > c.int(c.inf)
     if fmt.nan:
@@ -111,6 +107,22 @@ def round_to_codebook(
         return jnp.where(nan, c.float(np.nan), result), jnp.where(nan, -1, position)
     top = len(table) - 1
     return jnp.where(nan, values[top], result), jnp.where(nan, int(kept[top]), position)
+
+
+def _count_up_to(thresholds: np.ndarray, ordinal, c):
+    """Returns how many of the ascending thresholds are at most each ordinal, int32."""
+    if len(thresholds) <= 32:
+        return sum((ordinal >= threshold).astype(jnp.int32) for threshold in thresholds)
+    place = c.width - 16
+    starts = np.arange(-(2**15), 2**15, dtype=c.int) << place
+    before = np.searchsorted(thresholds, starts, side="right")
+    within = np.diff(before, append=len(thresholds)).max()
+    if within > 3:
+        return jnp.searchsorted(thresholds, ordinal, side="right", method="scan_unrolled").astype(jnp.int32)
+    # The upper 16 bits say it but for the few thresholds that share them with the ordinal.
+    start = jnp.asarray(before.astype(np.uint16))[(ordinal >> place) + 2**15].astype(jnp.int32)
+    padded = jnp.asarray(np.append(thresholds, np.full(within, np.iinfo(c.int).max, c.int)))
+    return start + sum((ordinal >= padded[start + i]).astype(jnp.int32) for i in range(within))
 
 
 def _draw(x, index, values, fmt: Codebook, kept: np.ndarray, rounding: Rounding, random: Random | None, c):
@@ -128,6 +140,6 @@ def _draw(x, index, values, fmt: Codebook, kept: np.ndarray, rounding: Rounding,
     fraction = jnp.minimum(fraction, c.uint(2 ** (c.width - 2) - 1)) << 2 | inexact.astype(c.uint)
     near_index = jnp.where(negative, high_index, index)
     assert random is not None
-    up = _rounding.goes_up(rounding, fraction, random, c)
+    up = _modes.goes_up(rounding, fraction, random, c)
     up = up | (_carrier.to_bits(x, c) == _carrier.to_bits(far, c))
     return jnp.where(up, jnp.where(negative, index, high_index), near_index)

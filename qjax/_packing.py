@@ -5,6 +5,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from qjax._grid import once
+
 # Codes of these widths are stored as integers of a machine.
 _WHOLE = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}
 
@@ -21,6 +23,10 @@ def pack(codes, bits: int):
         return codes.astype(_WHOLE[bits])
     count, size = _group(bits)
     length = codes.shape[-1]
+    if bits < 8:
+        # Made at a stretch, on vectors, before they are taken apart.
+        (codes,) = once(codes.astype(jnp.int16))
+        codes = codes.astype(jnp.uint8)
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, -length % count)]
     grouped = jnp.pad(codes, padding).reshape(*codes.shape[:-1], -1, count)
     columns = []

@@ -12,6 +12,8 @@ import qjax
 import qjax.linen
 import qjax.nnx
 import qjax.optim
+import qjax.sweep
+import qjax.unit_scaling
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -38,6 +40,18 @@ def test_every_optimizer_is_documented(name):
     assert getattr(qjax.optim, name).__doc__
 
 
+@pytest.mark.parametrize("name", qjax.sweep.__all__)
+def test_every_part_of_a_sweep_is_documented(name):
+    assert f"\n::: qjax.sweep.{name}\n" in (ROOT / "docs" / "api.md").read_text()
+    assert getattr(qjax.sweep, name).__doc__
+
+
+@pytest.mark.parametrize("name", qjax.unit_scaling.__all__)
+def test_every_unit_scaled_operation_is_documented(name):
+    assert f"\n::: qjax.unit_scaling.{name}\n" in (ROOT / "docs" / "api.md").read_text()
+    assert getattr(qjax.unit_scaling, name).__doc__
+
+
 @pytest.mark.parametrize("module, flax_module", [(qjax.linen, flax.linen), (qjax.nnx, flax.nnx)], ids=["linen", "nnx"])
 def test_every_layer_is_listed(module, flax_module):
     page = (ROOT / "docs" / "flax.md").read_text()
@@ -50,13 +64,8 @@ def test_every_layer_is_listed(module, flax_module):
 
 
 def test_the_reference_names_nothing_else():
-    reference = (ROOT / "docs" / "api.md").read_text()
-    assert set(re.findall(r"^(?:::: qjax\.|### `)(\w+)", reference, re.MULTILINE)) <= {
-        *qjax.__all__,
-        "linen",
-        "nnx",
-        "optim",
-    }
+    reference, modules = (ROOT / "docs" / "api.md").read_text(), {"linen", "nnx", "optim", "sweep", "unit_scaling"}
+    assert set(re.findall(r"^(?:::: qjax\.|### `)(\w+)", reference, re.MULTILINE)) <= {*qjax.__all__, *modules}
 
 
 @pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("README.md")], ids=lambda page: page.name)

@@ -36,6 +36,14 @@ OPTIMIZERS = [
     Row("coat_adamw", lambda: optim.coat_adamw(1e-2)),
     Row("adamw_8bit", lambda: optim.adamw_8bit(1e-2, min_size=64)),
     Row("adamw_4bit", lambda: optim.adamw_4bit(1e-2, min_size=64)),
+    Row(
+        "scale_by_u_mup",
+        lambda: optax.chain(
+            optax.scale_by_adam(),
+            optim.scale_by_u_mup(lambda path, update: "hidden" if update.ndim == 2 else "bias"),
+            optax.scale_by_learning_rate(1e-1),
+        ),
+    ),
     Row("stable_spam", lambda: optim.stable_spam(1e-2, reset_interval=20, total_steps=50)),
     Row("sgd_sai", lambda: optim.sgd_sai(3e-2)),
     Row(

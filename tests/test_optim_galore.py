@@ -101,8 +101,8 @@ def test_other_tensors_go_to_the_inner_transformation_as_they_are():
     updates, state = digits.updates(optimizer, digits.gradients())
     plain, _ = digits.updates(optax.scale_by_adam(), digits.gradients())
     assert state.projections["out"] == {"kernel": None, "bias": None}
-    np.testing.assert_allclose(updates["out"]["kernel"], plain["out"]["kernel"], rtol=1e-5)
-    np.testing.assert_allclose(updates["gain"], plain["gain"], rtol=1e-5)
+    np.testing.assert_allclose(updates["out"]["kernel"], plain["out"]["kernel"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(updates["gain"], plain["gain"], rtol=1e-5, atol=1e-6)
 
 
 def test_q_galore_holds_weights_and_moments_in_8_bits():

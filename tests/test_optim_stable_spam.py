@@ -102,10 +102,13 @@ def test_a_tensor_of_zeros_stays_zero():
 
 
 def test_bfloat16_gradients_have_float32_statistics():
-    gradients = jnp.ones((3, 4), jnp.bfloat16)
-    updates, state = digits.updates(optim.scale_by_stable_spam(), gradients, gradients[0])
+    narrow = digits.gradients()["hidden"]["kernel"].astype(jnp.bfloat16)
+    updates, state = digits.updates(optim.scale_by_stable_spam(), narrow, narrow[0])
+    exact, _ = digits.updates(optim.scale_by_stable_spam(), narrow.astype(jnp.float32), narrow[0].astype(jnp.float32))
     assert updates.dtype == jnp.bfloat16
     assert state.largest.dtype == state.norm.dtype == state.square.dtype == jnp.float32
+    # The first update is of magnitude 1 wherever there is a gradient; bfloat16 divides to within 2^-8 or so.
+    np.testing.assert_allclose(updates[0].astype(jnp.float32), exact[0], atol=0.02)
 
 
 @pytest.mark.parametrize(

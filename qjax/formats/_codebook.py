@@ -213,11 +213,11 @@ def dynamic(bits: int, signed: bool = True) -> Codebook:
     (twice as many if unsigned), of either sign; so the larger, the finer. Blocks of it have the largest magnitude 1.
 
     >>> from qjax import dynamic
-    >>> dynamic(3).values()
-    array([-0.775, -0.325, -0.055,  0.   ,  0.055,  0.325,  0.775,  1.   ])
+    >>> [f"{value:.3g}" for value in dynamic(3).values()]
+    ['-0.775', '-0.325', '-0.055', '0', '0.055', '0.325', '0.775', '1']
 
     Source: Dettmers et al. (2022), 8-bit Optimizers via Block-wise Quantization, https://arxiv.org/abs/2110.02861,
-    section 2.2; Dettmers (2016), https://arxiv.org/abs/1511.04561. The table is that of the authors' released code.
+    section 2.2; Dettmers (2016), https://arxiv.org/abs/1511.04561. The table is that of the released code, in float32.
     """
     if not 3 <= bits <= 8:
         raise ValueError(f"dynamic: expected 3 to 8 bits, got {bits}.")
@@ -227,4 +227,4 @@ def dynamic(bits: int, signed: bool = True) -> Codebook:
         count = 2 ** (i if signed else i + 1)
         middles = [(0.1 + 0.9 * (j + 0.5) / count) * 10.0 ** (i + 1 - decades) for j in range(count)]
         values += middles + [-middle for middle in middles if signed]
-    return Codebook(tuple(sorted(values)), f"{'' if signed else 'u'}dynamic{bits}")
+    return Codebook(tuple(sorted(float(np.float32(v)) for v in values)), f"{'' if signed else 'u'}dynamic{bits}")

@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, PyTree
 
-from qjax.formats import Fixed
+from qjax.formats import Fixed, format
 from qjax.optim._annealing import chop_fixed
 
 _STRATEGIES = ("min", "mean", "max")
@@ -69,20 +70,20 @@ class AdaPT:
     distinct tuple of formats, and ``state.visited`` lists these. ``chop_fixed`` rounds to a word without a recompile.
 
     Args:
-      word_length, fraction_length: of every tensor at first.
+      initial: the format of every tensor at first, a ``Fixed`` that saturates, of at most 32 bits, or its name.
       lookback, resolution: the least and the greatest; each starts at its least.
       min_fraction_length: the bisection of FL begins there.
       buffer_bits: by how much WL is at least above FL.
       momentum: of the lookback.
       tolerance: the divergence that counts as none. 0, as in the paper, wants every weight in its bin: with n weights
-        in r bins some ``log2(n r)`` binary places. 1e-2 cannot be told from the noise of a sample of n = r / 0.02.
+        in r bins some ``log2(n r)`` binary places. A sample of n numbers has ``r / (2 n)`` from chance alone.
       strategy: of the first push-up.
 
     Edge cases: a tensor whose elements are equal has one bin, and gets the smallest format. A gradient of zeros counts
     as a step, not as a gradient; a window of such has infinite diversity.
 
     Raises:
-      ValueError: for arguments out of range; in ``update``, for parameters that are not finite.
+      ValueError: for arguments out of range; in ``update``, for losses without an axis and parameters not finite.
 
     >>> import jax, jax.numpy as jnp, qjax
     >>> controller = qjax.optim.AdaPT(lookback=(2, 4), resolution=(8, 16))
@@ -102,8 +103,7 @@ class AdaPT:
     also steps along the normalised gradients, which is the user's choice here.
     """
 
-    word_length: int = 8
-    fraction_length: int = 4
+    initial: Fixed | str = "q4.4"
     lookback: tuple[int, int] = (25, 100)
     resolution: tuple[int, int] = (50, 150)
     min_fraction_length: int = 4
@@ -113,24 +113,26 @@ class AdaPT:
     strategy: Literal["min", "mean", "max"] = "min"
 
     def __post_init__(self):
+        word = format(self.initial)
+        object.__setattr__(self, "initial", word)
+        is_word = isinstance(word, Fixed) and word == Fixed(min(word.bits, _MOST_BITS), word.fraction_bits)
         checks = {
-            "word_length": 1 <= self.word_length <= _MOST_BITS,
-            "fraction_length": 0 <= self.fraction_length <= self.word_length,
-            "lookback": 1 <= self.lookback[0] <= self.lookback[1],
-            "resolution": 1 <= self.resolution[0] <= self.resolution[1],
-            "min_fraction_length": 0 <= self.min_fraction_length < _MOST_BITS,
-            "buffer_bits": 0 <= self.buffer_bits < _MOST_BITS,
-            "momentum": 0 <= self.momentum <= 1,
-            "tolerance": self.tolerance >= 0,
-            "strategy": self.strategy in _STRATEGIES,
+            "initial": (is_word, "a signed Fixed of at most 32 bits that saturates"),
+            "lookback": (1 <= self.lookback[0] <= self.lookback[1], "(least, greatest), at least 1"),
+            "resolution": (1 <= self.resolution[0] <= self.resolution[1], "(least, greatest), at least 1"),
+            "min_fraction_length": (0 <= self.min_fraction_length < _MOST_BITS, "0 to 31"),
+            "buffer_bits": (0 <= self.buffer_bits < _MOST_BITS, "0 to 31"),
+            "momentum": (0 <= self.momentum <= 1, "0 to 1"),
+            "tolerance": (self.tolerance >= 0, "at least 0"),
+            "strategy": (self.strategy in _STRATEGIES, f"one of {_STRATEGIES}"),
         }
-        for name, fine in checks.items():
+        for name, (fine, expected) in checks.items():
             if not fine:
-                raise ValueError(f"AdaPT: {name} is out of range, got {getattr(self, name)!r}; see its documentation.")
+                raise ValueError(f"AdaPT: {name} must be {expected}, got {getattr(self, name)!r}.")
 
     def init(self, params: PyTree[Float[Array, "..."]]) -> AdaPTState:
         """Returns the state before the first step. Every leaf of ``params`` gets a format."""
-        formats = jax.tree.map(lambda _: Fixed(self.word_length, self.fraction_length), params)
+        formats = jax.tree.map(lambda _: self.initial, params)
         leaves = jax.tree.leaves(params)
         return AdaPTState(
             formats,
@@ -158,6 +160,10 @@ class AdaPT:
           losses: those of the steps since the last update, which are as many.
           key: of stochastic rounding in the push-down.
         """
+        if np.ndim(losses) != 1:
+            raise ValueError(
+                f"AdaPT.update: losses must have one axis, a loss for each step, got shape {np.shape(losses)}."
+            )
         seen = np.concatenate([state.losses, np.asarray(losses, np.float64)])[-self.lookback[1] - 1 :]
         state = state._replace(losses=seen, steps=tuple(n + len(losses) for n in state.steps))
         due = [i for i, (n, span) in enumerate(zip(state.steps, state.lookback, strict=True)) if n >= span]
@@ -217,8 +223,9 @@ def _empty(x):
 
 def _accumulated(gradient, window):
     total, count = window
-    norm = jnp.linalg.norm(gradient.astype(np.float32).ravel())
-    return total + gradient.astype(np.float32) / jnp.where(norm > 0, norm, 1), count + (norm > 0).astype(np.int32)
+    gradient = gradient.astype(np.float32)
+    norm = optax.tree.norm(gradient)
+    return total + gradient / jnp.where(norm > 0, norm, 1), count + (norm > 0).astype(np.int32)
 
 
 def _words(formats: PyTree, params: PyTree) -> list[Any]:

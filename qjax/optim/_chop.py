@@ -58,9 +58,9 @@ def chop_params(
 
     Kahan's compensated sum where the residual has the format of the weights, error feedback in general.
 
-    The sum ``p + u`` is that of float32 (float64 for such weights), the landing is exact where the format's ``w - p``
-    is a number of it too: for weights on the grid whose magnitudes lie within 2^(24 - m) of each other, m the mantissa
-    bits. So round the weights once at the start, ``jax.tree.map(q, params)``.
+    The sum ``p + u`` is that of float32 (float64 for such weights). The landing is exact where ``w - p`` is a number of
+    float32 too, as between floats of a few bits; with scales or codes of all its bits it can be off by a spacing
+    of ``|w| + |p|``. Round the weights once at the start, ``jax.tree.map(q, params)``.
 
     Args:
       q: a ``Quantizer``, or a format or its name for rounding to nearest. Blocks lie along the last axis.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from qjax._chop import chop
 from qjax.formats import FP32, Fixed, Scaled
+from qjax.optim._keys import first_key
 
 
 @jax.tree_util.register_static
@@ -34,9 +35,9 @@ class GradientInterval:
       alpha: the share of the entries that are large.
       beta: the step of gamma.
 
-    Edge cases: a gradient of zeros clips nothing, and stays. With NaN or infinity in it the result is NaN throughout,
-    and gamma moves up by beta. With fewer than ``(2^bits - 1) / alpha`` entries a single clipped one is too many, so
-    gamma stays within beta of the ratio that clips none.
+    Edge cases: a gradient of zeros stays, one with NaN or infinity becomes NaN throughout, and gamma stays for both.
+    With fewer than ``(2^bits - 1) / alpha`` entries a single clipped one is too many, so that gamma stays within beta
+    of the ratio that clips none.
 
     Raises:
       ValueError: for arguments out of range.
@@ -59,16 +60,12 @@ class GradientInterval:
     beta: float = 1e-3
 
     def __post_init__(self):
-        for name, fine in {
-            "bits": 2 <= self.bits <= 16,
-            "alpha": 0 < self.alpha < 1,
-            "beta": 0 < self.beta < 1,
-        }.items():
-            if not fine:
-                raise ValueError(
-                    f"GradientInterval: {name} must be {'2 to 16' if name == 'bits' else 'between 0 and 1'}, "
-                    f"got {getattr(self, name)!r}."
-                )
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"GradientInterval: bits must be 2 to 16, got {self.bits}.")
+        if not (0 < self.alpha < 1 and 0 < self.beta < 1):
+            raise ValueError(
+                f"GradientInterval: alpha and beta must be between 0 and 1, got {self.alpha} and {self.beta}."
+            )
 
     def init(self) -> Float[Array, ""]:
         """Returns the first gamma, 1."""
@@ -76,21 +73,24 @@ class GradientInterval:
 
     def update(self, gamma: Float[Array, ""], g: Float[Array, "..."]) -> Float[Array, ""]:
         """Returns the gamma of the next step from that of this one and the unrounded gradient."""
-        magnitude = jnp.abs(g.astype(np.float32))
-        clipped = jnp.mean(magnitude > gamma * jnp.max(magnitude), dtype=np.float32)
-        target = np.float32(self.alpha / (2**self.bits - 1))
-        return jnp.clip(gamma + np.float32(self.beta) * jnp.sign(clipped - target), np.float32(1e-3), np.float32(1))
+        largest = _largest(g)
+        clipped = jnp.mean(jnp.abs(g.astype(np.float32)) > gamma * largest, dtype=np.float32)
+        sign = jnp.sign(clipped - np.float32(self.alpha / (2**self.bits - 1)))
+        moved = jnp.clip(gamma + np.float32(self.beta) * sign, np.float32(1e-3), np.float32(1))
+        return jnp.where(largest > 0, moved, gamma)
 
     def chop(self, g: Float[Array, "*shape"], gamma: Float[Array, ""], *, key: Array) -> Float[Array, "*shape"]:
         """Returns the gradient rounded stochastically to the levels within ``gamma max|g|``."""
         fmt = Scaled(Fixed(self.bits, symmetric=True), FP32, None)
-        end = gamma * jnp.max(jnp.abs(g.astype(np.float32)))
-        return chop(g, fmt, "stochastic", scale=end / np.float32(fmt.element.max), key=key)
+        # A product, since a compiled quotient by a constant is one, and an eager one is not.
+        scale = gamma * _largest(g) * np.float32(1 / fmt.element.max)
+        return chop(g, fmt, "stochastic", scale=scale, key=key)
 
     def cotangent(self, y: Float[Array, "*shape"], gamma: Float[Array, ""], *, key: Array) -> Float[Array, "*shape"]:
         """Returns y; its gradient is rounded as in ``chop``, and "the gradient" of gamma is the next gamma.
 
-        As with delayed scaling in ``Recipe``, the state is handed on where its gradient would be.
+        As with delayed scaling in ``Recipe``, the state is handed on where its gradient would be. So every
+        product needs a gamma of its own: those of two would be added.
 
         >>> import jax, jax.numpy as jnp, qjax
         >>> interval, key = qjax.optim.GradientInterval(), jax.random.key(0)
@@ -98,6 +98,11 @@ class GradientInterval:
         >>> dw, gamma = jax.grad(loss, argnums=(0, 1))(jnp.ones((3, 4)), interval.init())
         """
         return _cotangent(self, y, gamma, key)
+
+
+def _largest(g):
+    """Returns the largest magnitude, NaN if an entry is not finite: XLA's maximum may lose a NaN."""
+    return jnp.where(jnp.isfinite(g).all(), jnp.max(jnp.abs(g.astype(np.float32))), np.float32(np.nan))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -121,7 +126,7 @@ class GradientIntervalState(NamedTuple):
     """The gamma of each tensor, and the key of the next step."""
 
     gamma: PyTree[Float[Array, ""]]
-    key: Array
+    key: Any
 
 
 def chop_by_gradient_interval(
@@ -148,7 +153,7 @@ def chop_by_gradient_interval(
     interval = GradientInterval(bits, alpha, beta)
 
     def init(params):
-        return GradientIntervalState(jax.tree.map(lambda _: interval.init(), params), key)
+        return GradientIntervalState(jax.tree.map(lambda _: interval.init(), params), first_key(key))
 
     def update(updates, state, params=None):
         del params

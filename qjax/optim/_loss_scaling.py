@@ -81,7 +81,7 @@ def loss_scaling(
         return LossScalingState(jnp.array(scale, jnp.float32), jnp.zeros((), jnp.int32), guard.init(params))
 
     def update(updates, state, params=None, **extra_args):
-        unscaled = jax.tree.map(lambda g: (g.astype(jnp.float32) / state.loss_scale).astype(g.dtype), updates)
+        unscaled = jax.tree.map(lambda g: _divided(g, state.loss_scale), updates)
         updates, guarded = guard.update(unscaled, state.guarded, params, **extra_args)
         assert isinstance(guarded, optax.ApplyIfFiniteState)
         finite = guarded.last_finite
@@ -92,6 +92,11 @@ def loss_scaling(
         return updates, LossScalingState(new_scale, jnp.where(grow, 0, good), guarded)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _divided(g, scale):
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    return (g.astype(wide) / scale.astype(wide)).astype(g.dtype)
 
 
 def loss_scale(state: Any) -> Float[Array, ""]:

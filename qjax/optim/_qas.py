@@ -67,12 +67,13 @@ def _is_masked(x) -> bool:
 def _scale_of(x, scale):
     if _is_masked(x):
         return x
-    scale = _spread(scale) if isinstance(scale, QTensor) else jnp.asarray(scale, np.float32)
+    # An array of its own, so that a donated state does not take the caller's.
+    scale = _spread(scale) if isinstance(scale, QTensor) else jnp.array(scale, np.float32)
     if scale.ndim > x.ndim or any(n not in (1, m) for n, m in zip(scale.shape[::-1], x.shape[::-1], strict=False)):
         raise ValueError(
             f"scale_by_qas: a scale of shape {scale.shape} does not broadcast to its parameter of shape {x.shape}."
         )
-    return jnp.expand_dims(scale, range(x.ndim - scale.ndim))
+    return scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
 
 
 def _spread(q: QTensor):

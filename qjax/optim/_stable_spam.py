@@ -92,23 +92,21 @@ def scale_by_stable_spam(
         corrected = count if reset_counts == "adam" else optax.safe_increment(state.adam.count)
         fade = 1.0 if cosine is None else cosine(count)
 
-        largest = jax.tree.map(lambda g: jnp.max(jnp.abs(g), initial=0).astype(jnp.float32), updates)
+        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), updates)
+        largest = jax.tree.map(lambda g: jnp.max(jnp.abs(g), initial=0).astype(jnp.float32), wide)
         mean_largest = optax.tree.update_moment(largest, state.largest, gamma3, 1)
         threshold = optax.tree.bias_correction(mean_largest, gamma3, corrected)
-        updates = jax.tree.map(_clipped, updates, largest, threshold)
+        wide = jax.tree.map(_clipped, wide, largest, threshold)
 
-        norms = jax.tree.map(lambda g: jnp.linalg.norm(g.astype(jnp.float32).ravel()), updates)
+        norms = jax.tree.map(lambda g: jnp.linalg.norm(g.ravel()).astype(jnp.float32), wide)
         norm = optax.tree.update_moment(norms, state.norm, gamma1 * fade, 1)
         square = optax.tree.update_moment(norms, state.square, gamma2, 2)
         mean = optax.tree.bias_correction(norm, gamma1 * fade, corrected)
         mean_square = optax.tree.bias_correction(square, gamma2, corrected)
-        updates = jax.tree.map(
-            lambda g, n, m, s: g * (m / (jnp.sqrt(s) + eps) / jnp.where(n == 0, 1, n)).astype(g.dtype),
-            updates,
-            norms,
-            mean,
-            mean_square,
+        factor = jax.tree.map(
+            lambda n, m, s: m / (jnp.sqrt(s) + eps) / jnp.where(n == 0, 1, n), norms, mean, mean_square
         )
+        updates = jax.tree.map(lambda old, g, f: (g * f.astype(g.dtype)).astype(old.dtype), updates, wide, factor)
 
         reset = jnp.remainder(count, reset_interval) == 0
         adam = jax.tree.map(lambda s: jnp.where(reset, jnp.zeros_like(s), s), state.adam)
@@ -120,7 +118,7 @@ def scale_by_stable_spam(
 
 def _clipped(g, largest: Float[Array, ""], threshold: Float[Array, ""]):
     ratio = threshold / jnp.where(largest == 0, 1, largest)
-    return jnp.where(jnp.abs(g).astype(jnp.float32) > threshold, g * ratio.astype(g.dtype), g)
+    return jnp.where(jnp.abs(g) > threshold.astype(g.dtype), g * ratio.astype(g.dtype), g)
 
 
 def stable_spam(

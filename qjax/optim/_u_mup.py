@@ -50,13 +50,16 @@ def scale_by_u_mup(
     role_of: Any = roles if callable(roles) else _looked_up(roles)
 
     def update(updates, params=None):
-        named = jax.tree_util.tree_flatten_with_path(updates)[0]
-        found = [_role(role_of(_name(path), leaf)) for path, leaf in named]
-        if named and depth is not None and not any(role.residual for role in found):
+        named, structure = jax.tree_util.tree_flatten_with_path(updates)
+        scaled, branches = [], False
+        for path, leaf in named:
+            name = _name(path)
+            role = _role(role_of(name, leaf))
+            branches |= role.residual
+            scaled.append(leaf * _factor(role, name, leaf, depth))
+        if named and depth is not None and not branches:
             raise ValueError("scale_by_u_mup: depth was given, but no role is residual; leave depth out.")
-        factors = [_factor(role, _name(path), leaf, depth) for role, (path, leaf) in zip(found, named, strict=True)]
-        scaled = [leaf * jax.numpy.asarray(c).astype(leaf.dtype) for c, (_, leaf) in zip(factors, named, strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(updates), scaled)
+        return jax.tree.unflatten(structure, scaled)
 
     return optax.stateless(update)
 
@@ -87,8 +90,6 @@ def _looked_up(roles) -> Callable[[str, Any], Role | str]:
 def _factor(role: Role, name: str, leaf, depth: int | None) -> float:
     if role.residual and depth is None:
         raise ValueError(f"scale_by_u_mup: {name!r} is in a residual branch; give depth, the number of layers.")
-    fan = 1
-    if role.kind in ("input", "hidden"):
-        inputs = leaf.shape[-1:] if role.kind == "input" else leaf.shape[:-1]
-        fan = role.fan or math.prod(inputs)
-    return (fan * (depth if role.residual and depth else 1)) ** -0.5
+    fans = {"input": leaf.shape[-1:], "hidden": leaf.shape[:-1]}
+    fan = role.fan or math.prod(fans[role.kind]) if role.kind in fans else 1
+    return (fan * depth if role.residual and depth else fan) ** -0.5
