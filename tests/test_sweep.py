@@ -72,7 +72,7 @@ def test_rows_are_those_of_a_loop(executor, path):
     assert sorted(map(str, lines(path))) == sorted(str({"point": p, "result": loss(p)}) for p in DESIGN)
 
 
-def test_rows_do_not_depend_on_the_order(path, tmp_path):
+def test_rows_do_not_depend_on_the_order(path):
     backwards = quiet(loss, path, DESIGN[::-1])
     assert backwards == ROWS[::-1]
     assert rows(path, DESIGN) == ROWS

@@ -89,7 +89,7 @@ def sweep(
                 for future in as_completed(futures):
                     point, error = futures[future], _error(future)
                     if isinstance(error, BrokenExecutor) and len(batch) > 1:
-                        continue
+                        continue  # Which of the runs broke it, nobody knows.
                     if error is None:
                         _file.append(file, point, result=_result(point, future.result()))
                         finished += 1
