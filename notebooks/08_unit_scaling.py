@@ -7,7 +7,7 @@
 #
 # **Method.** One small transformer in two parametrisations, the standard one (Flax's layers and initialisers) and the
 # unit-scaled one (`qjax.unit_scaling`), trained on real text in float32 and in FP8 with plain casts: E4M3 for weights
-# and activations, E5M2 for gradients, no scale anywhere. Then both again with loss scales from 2⁻²⁰ to 2³⁰, to see how
+# and activations, E5M2 for gradients, no scale anywhere. Then both again with loss scales from 2⁻¹⁵ to 2³⁰, to see how
 # far from failure each is.
 #
 # **Sources.** Blake, Orr, Luschi (2023), *Unit scaling*, <https://arxiv.org/abs/2303.11257>: BERT-large trains in FP8
@@ -48,7 +48,7 @@ HERE = Path(__file__).parent if "__file__" in globals() else Path()
 FIGURES = Path(tempfile.mkdtemp()) if FAST else HERE / "figures"
 SEEDS = 2 if FAST else 4
 STEPS = 60 if FAST else 300
-EXPONENTS = (-10, 0) if FAST else (-20, -15, -10, -5, 0, 5, 10, 15, 20, 25, 30)
+EXPONENTS = (-10, 0) if FAST else (-15, -10, -5, 0, 5, 10, 15, 20, 25, 30)
 BATCH, WIDTH, LAYERS, HEADS = 8, 64, 2, 4
 TOKENS = BATCH * CONTEXT
 print(f"Python {platform.python_version()}, jax {jax.__version__}")
@@ -242,6 +242,10 @@ for name in MODELS:
     large = tested[name, -10 if name == "standard" else 0].mean()
     print(f"{name:13}{losses}{gap:+10.3f} ± {half:.3f}{large:32.3f}")
 
+print("\nlog2 of the loss scale".ljust(24) + "".join(f"{k:8}" for k in EXPONENTS))
+for name in MODELS:
+    print(f"{name:23}" + "".join(f"{tested[name, k].mean():8.3f}" for k in EXPONENTS))
+
 # %%
 COLORS, GREY = {"standard": "#d55e00", "unit-scaled": "#0072b2"}, "0.35"
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
@@ -259,13 +263,20 @@ left.set_yticks([0, -1, -2], rows)
 left.set(xlabel="log₂ of the standard deviation at initialisation", title="(a) The operands of the 15 linear layers")
 left.set(xlim=(-19, 17), ylim=(-2.6, 1.0))
 left.legend(frameon=False, loc="upper left", ncols=2)
+TOP = 5.3
 for name in MODELS:
     means, halves = np.transpose([interval(tested[name, k]) for k in EXPONENTS])
+    means, halves = np.minimum(means, TOP), np.where(means > TOP, 0, halves)
     right.errorbar(EXPONENTS, means, yerr=halves, fmt="o-", ms=5, capsize=3, color=COLORS[name], label=f"{name}, FP8")
     right.axhline(tested[name, None].mean(), color=COLORS[name], lw=1, ls="--", label=f"{name}, float32")
-right.axvline(0, color=GREY, lw=1, zorder=0)
+for k, text in ((0, "no scale"), (-10, "mean over\n2¹⁹ tokens")):
+    right.axvline(k, color=GREY, lw=1, zorder=0, ls="-" if k == 0 else ":")
+    right.text(k + 0.4, 4.0, text, fontsize=9, color=GREY, va="top")
+right.axhline(math.log(len(ALPHABET)), color=GREY, lw=0.7, zorder=0)
+right.text(EXPONENTS[-1] + 1, math.log(len(ALPHABET)) - 0.03, "guessing", fontsize=9, color=GREY, ha="right", va="top")
 right.set(xlabel="log₂ of the loss scale", ylabel="held-out loss (nats a character)", title="(b) FP8 with plain casts")
-right.legend(frameon=False, fontsize=9)
+right.set(xlim=(EXPONENTS[0] - 1, EXPONENTS[-1] + 1), ylim=(2, 5.5))
+right.legend(frameon=False, fontsize=8, loc=(0.645, 0.45))
 for axes in (left, right):
     axes.spines[["top", "right"]].set_visible(False)
 path = FIGURES / "08_unit_scaling.png"
@@ -273,7 +284,50 @@ path.parent.mkdir(exist_ok=True)
 figure.savefig(path, dpi=150)
 
 # %% [markdown]
-# TEXT
+# (a) A dot is a layer; dark is the range of normal numbers of the format, light that of its subnormals, to half of the
+# smallest. (b) Means with 95 % intervals over the seeds; losses above 5.3 are drawn there. 512 tokens a step.
+#
+# ## Reading it
+#
+# **Unit-scaled, FP8 with plain casts is float32.** The gap is within the noise of the seeds, with nothing to choose or
+# to adapt. Nor is that luck: the gradients lie in the middle of E5M2, and stay in it when they are 2¹⁰ times as large
+# or as small.
+#
+# **Standard, it depends on the batch.** With the mean over 512 tokens the model does not stall, as one might expect: it
+# trains, and clearly worse than in float32, for the gradients lie at the lower end of E5M2 and up to a third of their
+# elements become 0. It needs a loss scale, and any from 2⁵ to 2²⁵ will do. With the mean over 2¹⁹ tokens, which is
+# nothing special for a large model, every gradient becomes 0, and the model stays as it was initialised. At 2⁻⁵ it gets
+# worse than that: of the gradients only a few elements are left, whose updates Adam makes as large as any.
+#
+# **Not all deviations are 1.** The inputs of "out" are at 2 to 3: the factor of attention is that of a flat softmax
+# over all keys, and linear biases make it attend to a few. The gradients of queries and keys are at 0.2: they have that
+# little influence. The gradients of weights are at up to 10, since the tokens of a text are not independent. None of
+# this matters in 32 binades: to be right within a factor of 10 is all that FP8 asks for.
+#
+# **What this does not show.** These are small models and 300 steps. Deviations drift in training, and for long runs
+# Blake et al. (2024) keep the inputs of some layers out of plain FP8. In float32 the two parametrisations
+# are close here, but their learning rates were chosen on a coarse grid, so the small difference means nothing.
+#
+# ## Conclusion, asserted
+#
+# 1. At initialisation all operands of the unit-scaled model have deviations from 1/8 to 4, and the gradients of the
+#    standard one are below 2⁻¹⁰.
+# 2. FP8 without a scale: the unit-scaled model is within 0.02 of float32 on average, the standard one is worse by more
+#    than 0.05 in every seed.
+# 3. From 2⁻¹⁰ to 2¹⁰ the unit-scaled model is within 0.05 of float32; at 2⁻¹⁰ the standard one stays as it was.
+#
+# (In fast mode the first, and that at 2⁻¹⁰ one trains and the other stays as it was.)
 
 # %%
+unit, standard = deviations["unit-scaled"][:, :3], deviations["standard"][:, :3]
+assert (unit > 1 / 8).all() and (unit < 4).all()
+assert (standard[:, 2] < 2**-10).all()
+untrained = jax.vmap(lambda params: loss_of(QUANTIZED["standard"], {"params": params}, test_windows)[0])
+np.testing.assert_allclose(tested["standard", -10], untrained(initial["standard"]), rtol=1e-5)
+if FAST:
+    assert tested["unit-scaled", -10].max() < 3.5
+else:
+    assert abs(gaps["unit-scaled", 0].mean()) < 0.02
+    assert gaps["standard", 0].min() > 0.05
+    assert all(abs(gaps["unit-scaled", k].mean()) < 0.05 for k in (-10, -5, 0, 5, 10))
 print(path)

@@ -214,9 +214,9 @@ figure.savefig(path, dpi=150)
 #
 # **Stable-SPAM prevents nearly all of it, and so does clipping by the global norm.** Against Adam as it is, the paper's
 # claim is reproduced. Against the usual remedy there is no advantage here: of a spike of everything clipping leaves
-# just the direction, and it is even a little better. A reason for Stable-SPAM's own price: its threshold is the mean of
-# some 50 magnitudes when the first spike comes, and lets 20 times the usual pass; then the mean of the norms forgets the
-# spike (0.7) sooner than the mean of their squares does (0.9), and the gradients that Adam gets are too small.
+# just the direction, and it is even a little better. A reason for Stable-SPAM's own price: its threshold is the mean
+# of some 50 magnitudes when the first spike comes, and lets 20 times the usual pass; then the mean of the norms forgets
+# the spike (0.7) sooner than the mean of their squares does (0.9), and the gradients that Adam gets are too small.
 #
 # **What this does not show.** Prices within 0.04 of 0 are not told apart: by so much do the two best rates differ, and
 # which is chosen rests on one seed. The spikes are injected, on a fixed beat; without them these curves have none. The

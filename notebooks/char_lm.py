@@ -1,4 +1,4 @@
-"""The language model of studies 04 and 05: characters of Python's own source, a small transformer, its training."""
+"""The language model of studies 04 to 07: characters of Python's own source, a small transformer, its training."""
 
 import functools
 import sysconfig
@@ -75,11 +75,26 @@ def losses(model, params, text, **kwargs):
     return optax.softmax_cross_entropy_with_integer_labels(logits, text[..., 1:])
 
 
+def schedule(rate, steps):
+    """Returns a warmup over a tenth of the steps and a cosine decay to zero."""
+    return optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def train(model, rate, params, batches, key):
     """Trains by AdamW with a warmup and a cosine decay; returns the parameters and the loss at each step."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, len(batches) // 10, len(batches))
-    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
+    adam = optax.adamw(schedule(rate, len(batches)), b2=0.95, weight_decay=0.1)
+    params, _, (curve, _) = fit(model, adam, params, batches, key)
+    return params, curve
+
+
+def fit(model, optimizer, params, batches, key):
+    """Trains by an optimizer, after clipping.
+
+    Returns the parameters, the state of the optimizer, and for each step the loss and the share of the weights that it
+    leaves as they are.
+    """
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optimizer)
 
     def step(carry, of_step):
         (params, state), (batch, key) = carry, of_step
@@ -88,9 +103,11 @@ def train(model, rate, params, batches, key):
             return losses(model, params, batch, rngs={"quantize": key}).mean()
 
         value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = adam.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), value
+        updates, state = optimizer.update(gradients, state, params)
+        moved = optax.apply_updates(params, updates)
+        still = sum(jax.tree.leaves(jax.tree.map(lambda new, old: jnp.sum(new == old), moved, params)))
+        return (moved, state), (value, still / optax.tree.size(params))
 
     keys = jax.random.split(key, len(batches))
-    (params, _), curve = jax.lax.scan(step, (params, adam.init(params)), (batches, keys))
-    return params, curve
+    (params, state), history = jax.lax.scan(step, (params, optimizer.init(params)), (batches, keys))
+    return params, state, history

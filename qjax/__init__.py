@@ -7,10 +7,10 @@ from qjax._coverage import Coverage
 from qjax._dot import conv_general_dilated, dot_general
 from qjax._encode import QTensor, decode, encode
 from qjax._hadamard import Hadamard
+from qjax._modes import Rounding
 from qjax._program import coverage, einsum, quantize, quantize_state
 from qjax._quantizer import Clipped, Quantizer, StraightThrough, TrustMasked
 from qjax._recipe import Gemm, Recipe
-from qjax._rounding import Rounding
 from qjax._sites import Site
 from qjax.formats import *  # noqa: F403
 

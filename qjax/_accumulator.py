@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import _carrier, _random, _rounding
+from qjax import _carrier, _modes, _random, _rounding
 from qjax._chop import RoundingLike, _rounding_named
-from qjax._rounding import Rounding
+from qjax._modes import Rounding
 from qjax.formats import Fixed, Float, Format, format
 
 
@@ -179,8 +179,8 @@ def _float_register(accumulator: Accumulator):
             return register + part
         words = None
         if key is not None:
-            bits = _rounding.max_random_bits(accumulator.rounding, 32)
-            words = _rounding.Random(_random.random_words(key, part.shape, bits, 32), bits)
+            bits = _modes.max_random_bits(accumulator.rounding, 32)
+            words = _modes.Random(_random.random_words(key, part.shape, bits, 32), bits)
         total = _sum_to_odd(register, part)
         return _rounding.round_to(total, fmt, accumulator.rounding, random=words, saturate=accumulator.saturate)
 

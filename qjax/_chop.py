@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact, UInt
 
-from qjax import _carrier, _random, _rounding
+from qjax import _carrier, _modes, _random
 from qjax._blocks import blocks_of
-from qjax._rounding import Random, Rounding
+from qjax._modes import Random, Rounding
 from qjax._scaled import Mode, quantize
 from qjax.formats import Fixed, Format, Scaled, format
 
@@ -137,7 +137,7 @@ def _checked(caller: str, x, fmt, rounding, axis: int, scale, key, random_bits, 
                     f"leave {name} out, or use rounding='stochastic'."
                 )
     else:
-        most = _rounding.max_random_bits(rounding, width)
+        most = _modes.max_random_bits(rounding, width)
         if random_bits is None:
             bits = most
         elif isinstance(random_bits, int):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import _carrier, _rounding
-from qjax._rounding import Random, Rounding
+from qjax import _carrier, _modes
+from qjax._modes import Random, Rounding
 from qjax.formats import Codebook
 
 
@@ -140,6 +140,6 @@ def _draw(x, index, values, fmt: Codebook, kept: np.ndarray, rounding: Rounding,
     fraction = jnp.minimum(fraction, c.uint(2 ** (c.width - 2) - 1)) << 2 | inexact.astype(c.uint)
     near_index = jnp.where(negative, high_index, index)
     assert random is not None
-    up = _rounding.goes_up(rounding, fraction, random, c)
+    up = _modes.goes_up(rounding, fraction, random, c)
     up = up | (_carrier.to_bits(x, c) == _carrier.to_bits(far, c))
     return jnp.where(up, jnp.where(negative, index, high_index), near_index)

@@ -4,9 +4,9 @@ import functools
 import itertools
 from collections.abc import Iterator
 
+from qjax._modes import Rounding
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm, Recipe
-from qjax._rounding import Rounding
 from qjax._sites import Site
 from qjax.formats import Codebook, Fixed, Float, Format, Scaled, format, format_names
 

@@ -14,7 +14,7 @@ from qjax import _carrier, _packing
 from qjax._blocks import blocks_of
 from qjax._carrier import Carrier
 from qjax._chop import RoundingLike, _checked, random
-from qjax._rounding import Rounding
+from qjax._modes import Rounding
 from qjax._scaled import Mode, Parts, _hold, multiply, once_per_block, quantize
 from qjax.formats import FP32, FP64, Codebook, Fixed, Float, Format, Scaled
 
@@ -287,7 +287,7 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
     return _signed(bits, code, codes, negative, fmt, c)
 
 
-def _is_carrier(fmt: Float, c: Carrier) -> bool:
+def _is_carrier(fmt: Float | Fixed, c: Carrier) -> bool:
     """Returns whether the codes of a format are the bit patterns of the carrier."""
     return fmt == (FP64 if c.width == 64 else FP32)
 

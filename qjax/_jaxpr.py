@@ -172,7 +172,7 @@ def evaluate(
     return [read(v) for v in jaxpr.outvars]
 
 
-def _run(closed: "core.ClosedJaxpr | core.Jaxpr", plan: Plan, args: Sequence[Any], key, state=None) -> list[Any]:
+def _run(closed: Any, plan: Plan, args: Sequence[Any], key, state=None) -> list[Any]:
     jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
     return evaluate(jaxpr, consts, plan, args, key, state)
 

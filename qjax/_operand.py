@@ -11,8 +11,8 @@ from jax import lax
 from qjax import _carrier
 from qjax._blocks import blocks_of
 from qjax._chop import random
+from qjax._modes import max_random_bits
 from qjax._quantizer import Quantizer, StraightThrough, derivative
-from qjax._rounding import max_random_bits
 from qjax._scaled import Mode, multiply, quantize, quantize_apart
 from qjax.formats import Codebook, Fixed, Float, Format, Scaled
 

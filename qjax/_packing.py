@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from qjax._rounding import once
+from qjax._grid import once
 
 # Codes of these widths are stored as integers of a machine.
 _WHOLE = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}

@@ -12,7 +12,7 @@ from jaxtyping import Array, Inexact
 from qjax import _carrier
 from qjax._blocks import blocks_of
 from qjax._chop import RoundingLike, _array, _rounding_named, chop
-from qjax._rounding import Rounding
+from qjax._modes import Rounding
 from qjax._scaled import Mode, quantize
 from qjax.formats import Codebook, Fixed, Float, Format, Scaled, format
 

@@ -7,10 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+# Of Threefry-2x32: Salmon et al. (2011), Parallel random numbers, https://doi.org/10.1145/2063384.2063405, table 2.
+_TURNS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
 
 def key_words(key, count: int = 4) -> jax.Array:
-    """Returns the words that a PRNG key contributes, whitened by its own generator."""
-    return jax.random.bits(key, (count,), jnp.uint32)
+    """Returns the words that a PRNG key contributes, whitened by its own generator: ``jax.random.bits``.
+
+    For JAX's default generator without its loop, which takes as long to compile as all else that rounding does.
+    """
+    if jax.random.key_impl(key) != "threefry2x32":
+        return jax.random.bits(key, (count,), jnp.uint32)
+    key = jax.random.key_data(key)
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
+    left, right = jnp.zeros(count, jnp.uint32) + schedule[0], jnp.arange(count, dtype=jnp.uint32) + schedule[1]
+    for i in range(5):
+        for turn in _TURNS[i % 2]:
+            left = left + right
+            right = (right << turn | right >> (32 - turn)) ^ left
+        left, right = left + schedule[(i + 1) % 3], right + schedule[(i + 2) % 3] + np.uint32(i + 1)
+    return left ^ right
 
 
 def counter_bits(words, low, high=None):

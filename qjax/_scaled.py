@@ -9,7 +9,8 @@ import numpy as np
 from qjax import _carrier, _rounding
 from qjax._blocks import Blocks, blocks_of
 from qjax._codebook import round_to_codebook
-from qjax._rounding import Random, Rounding
+from qjax._grid import once
+from qjax._modes import Random, Rounding
 from qjax.formats import Codebook, Fixed, Float, Format, Rms, Scaled
 
 
@@ -132,7 +133,7 @@ def _quantize_with(
 def once_per_block(scale):
     """Returns scales as they are, computed once a block."""
     c = _carrier.carrier(scale.dtype)
-    return _carrier.from_bits(_rounding.once(_carrier.to_bits(scale, c).astype(c.int))[0].astype(c.uint), c)
+    return _carrier.from_bits(once(_carrier.to_bits(scale, c).astype(c.int))[0].astype(c.uint), c)
 
 
 def _hold(value, dtype):

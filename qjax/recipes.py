@@ -9,9 +9,9 @@ from typing import Literal
 from qjax._accumulator import Accumulator
 from qjax._chop import RoundingLike
 from qjax._hadamard import Hadamard
+from qjax._modes import Rounding
 from qjax._quantizer import Clipped, Quantizer, TrustMasked
 from qjax._recipe import Gemm, Recipe
-from qjax._rounding import Rounding
 from qjax.formats import (
     BF16,
     E2M1,

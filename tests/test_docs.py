@@ -13,6 +13,7 @@ import qjax.laws
 import qjax.linen
 import qjax.nnx
 import qjax.optim
+import qjax.sweep
 import qjax.unit_scaling
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,6 +52,12 @@ def test_every_part_of_laws_is_documented(name):
         assert thing.__doc__
 
 
+@pytest.mark.parametrize("name", qjax.sweep.__all__)
+def test_every_part_of_a_sweep_is_documented(name):
+    assert f"\n::: qjax.sweep.{name}\n" in (ROOT / "docs" / "api.md").read_text()
+    assert getattr(qjax.sweep, name).__doc__
+
+
 @pytest.mark.parametrize("name", qjax.unit_scaling.__all__)
 def test_every_unit_scaled_operation_is_documented(name):
     assert f"\n::: qjax.unit_scaling.{name}\n" in (ROOT / "docs" / "api.md").read_text()
@@ -69,7 +76,10 @@ def test_every_layer_is_listed(module, flax_module):
 
 
 def test_the_reference_names_nothing_else():
-    reference, modules = (ROOT / "docs" / "api.md").read_text(), {"laws", "linen", "nnx", "optim", "unit_scaling"}
+    reference, modules = (
+        (ROOT / "docs" / "api.md").read_text(),
+        {"laws", "linen", "nnx", "optim", "sweep", "unit_scaling"},
+    )
     assert set(re.findall(r"^(?:::: qjax\.|### `)(\w+)", reference, re.MULTILINE)) <= {*qjax.__all__, *modules}
 
 

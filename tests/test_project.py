@@ -15,7 +15,10 @@ PACKAGE = pathlib.Path(qjax.__file__).parent
 
 # A module may import those above it. Modules of one row do not see each other.
 LAYERS = (
-    ("formats", "_carrier", "unit_scaling", "laws"),
+    ("laws", "sweep"),
+    ("formats", "_carrier", "unit_scaling"),
+    ("_modes",),
+    ("_grid",),
     ("_rounding",),
     ("_random", "_blocks", "_codebook"),
     ("_scaled",),

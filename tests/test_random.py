@@ -142,3 +142,11 @@ def test_counters_beyond_two_to_the_32():
     for i, a in enumerate(rows):
         for b in rows[i + 1 :]:
             assert_uniform(np.bincount(a * 16 + b, minlength=256))
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_key_words_are_those_of_the_generator(impl):
+    for seed in (0, 1, 2**31):
+        key = jax.random.key(seed, impl=impl)
+        assert np.array_equal(_random.key_words(key, 8), jax.random.bits(key, (8,)))
+    assert np.array_equal(_random.key_words(jax.random.PRNGKey(3)), jax.random.bits(jax.random.key(3), (4,)))

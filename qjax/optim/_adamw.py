@@ -54,6 +54,8 @@ def adamw_8bit(
     """Returns AdamW with moments in 8-bit dynamic tree codes, with float32 scales a block: 2.03 bytes a parameter.
 
     The arguments are those of ``optax.adamw``; moments with fewer than ``min_size`` elements stay in full precision.
+    Second moments below 1.6e-7 of the largest of their block become zero, after which the steps of their weights can be
+    large.
 
     >>> import jax, jax.numpy as jnp, qjax
     >>> state = qjax.optim.adamw_8bit(1e-3).init({"w": jnp.zeros((1000, 1024), jnp.float32)})

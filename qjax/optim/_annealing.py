@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int
 
 from qjax._chop import RoundingLike, _rounding_named, chop
-from qjax._rounding import Rounding
+from qjax._modes import Rounding
 from qjax.formats import E8M0, Fixed, Format, Scaled, format
 
 

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float32
 from qjax import _carrier
 from qjax._blocks import blocks_of
 from qjax._encode import QTensor, decode, encode
+from qjax._grid import once
 from qjax._quantizer import Quantizer
-from qjax._rounding import once
 from qjax.formats import FP32, Float, Format, Scaled, format
 from qjax.optim._power import exp2, log2
 

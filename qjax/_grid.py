@@ -1,0 +1,203 @@
+"""The numbers of a format as bit patterns of the carrier: what rounding compares with, and how many bits go."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax._carrier import Carrier, compose, static_bits
+from qjax._modes import Rounding
+from qjax.formats import Fixed, Float
+
+_BY_PARITY = (Rounding.NEAREST_EVEN, Rounding.NEAREST_ODD, Rounding.TO_ODD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The values of ``2^shift fmt`` that a dtype holds, on the patterns of the carrier.
+
+    Attributes:
+      fmt: the format.
+      mantissa_bits: of the format, as many as the dtype has.
+      shift: exponent of the scale, an int, or an array with one for each element.
+      is_static: whether it was an int.
+      power: exponent of the smallest value, without the shift.
+      wide: whether subnormals of the carrier are given exponent fields below 1; else they are rounded as the integers
+        that they are, while their spacing in the format is one.
+      least_field: the least exponent field of normal numbers of the format.
+      finest: exponent field of ``2^m`` of the finest spacings, m the mantissa bits of the carrier, if static.
+      first: the pattern of the first number above 0.
+      room: the width of the carrier less ``finest``.
+      parity: that of the code at the finest spacing, as what stays of a pattern would have it.
+      smallest: that of the smallest value.
+      edge: what modes compare with below it: half of it, itself in stochastic modes, 0 there if it is one of many.
+      bounds: those of the largest value and, where it differs, the magnitude of the lowest.
+    """
+
+    fmt: Float | Fixed
+    mantissa_bits: int
+    shift: Any
+    is_static: bool
+    power: int
+    wide: bool
+    least_field: int
+    finest: Any
+    first: Any
+    room: Any
+    parity: Any
+    smallest: Any
+    edge: Any
+    bounds: Sequence[Any]
+
+    @property
+    def has_subnormals(self) -> bool:
+        return not isinstance(self.fmt, Float) or self.fmt.subnormals is True
+
+    @property
+    def has_zero(self) -> bool:
+        return not isinstance(self.fmt, Float) or self.fmt.has_zero
+
+    def coarse(self, c: Carrier, by: int = 1) -> bool:
+        """Returns whether the finest spacing is surely over ``2^by`` times that of the carrier's subnormals.
+
+        Else 0 and the smallest value may be numbers like the others.
+        """
+        return self.is_static and not self.wide and self.finest - c.mantissa_bits > by
+
+    def fewest(self, c: Carrier) -> int:
+        """Returns how many bits go at least, of numbers that do not saturate."""
+        if self.is_static and isinstance(self.fmt, Fixed) and self.fmt.overflow == "saturate":
+            return min(max(self.finest + 1 - self.field_beyond(c), 0), c.mantissa_bits)
+        return c.mantissa_bits - self.mantissa_bits
+
+    def field_beyond(self, c: Carrier) -> int:
+        """Returns the exponent field of the first power of two above all values, if static."""
+        return max(math.frexp(self.fmt.max)[1], math.frexp(-self.fmt.min)[1]) + self.shift + c.bias
+
+
+def grid_of(
+    fmt: Float | Fixed, rounding: Rounding, shift, least_shift: int, held, spread: Callable[[Any], Any], c: Carrier
+) -> Grid:
+    """Returns the grid for a mode; the arguments are those of ``round_to``, ``held`` the finfo of its dtype."""
+    is_static = isinstance(shift, int)
+    mantissa_bits = min(fmt.mantissa_bits, held.nmant) if isinstance(fmt, Float) else held.nmant
+    precision, top = mantissa_bits + 1, held.maxexp - 1
+    grain = fmt.smallest_subnormal if isinstance(fmt, Float) else fmt.eps
+    if is_static:
+        grain, least_shift = max(grain, float(held.smallest_subnormal)), shift
+    hidden = c.int(1 << c.mantissa_bits)
+    finest = fmt.quantum_exponent + shift + c.bias + c.mantissa_bits
+    least_field, has_tail = 1, True
+    if isinstance(fmt, Float):
+        least_field, has_tail = fmt.emin + least_shift + c.bias, fmt.subnormals is True or not fmt.has_zero
+    wide = least_field < (0 if has_tail else 2)
+    if wide:
+        first = c.int((1 - c.mantissa_bits) << c.mantissa_bits)
+        smallest = _pattern(*_ratio(grain, mantissa_bits), shift, c)
+        edge = smallest if rounding.is_stochastic else smallest - hidden
+    else:
+        finest = max(finest, 1) if is_static else jnp.maximum(finest, 1)
+        first = c.int(1)
+        smallest = jnp.maximum(_bits(*_ratio(grain, mantissa_bits), shift, c), first)
+        in_place, beside = (0, smallest) if rounding.is_stochastic else (smallest >> 1, smallest - hidden)
+        edge = jnp.where(smallest < 2 * hidden, in_place, beside)
+    ends = [fmt._split(fmt.max_code)] if isinstance(fmt, Float) else []
+    if isinstance(fmt, Fixed):
+        ends = [(end, fmt.quantum_exponent) for end in dict.fromkeys((fmt.max_integer, -fmt.min_integer))]
+    bounds = [_bound(*end, shift, precision, top, c, on_grid=isinstance(fmt, Fixed)) for end in ends]
+    # The code is odd at the finest spacing, or even where the codes of normal numbers start at 0.
+    parity = 0
+    if rounding in _BY_PARITY:
+        parity = finest - c.mantissa_bits + int(not isinstance(fmt, Float) or fmt.subnormals != "normal") & 1
+    values = (c.width - finest, parity, smallest, edge, *bounds)
+    if not is_static:
+        used = isinstance(fmt, Float) and fmt.subnormals == "normal"
+        shift, *values = _spread_once(spread, shift if used else 0, *values)
+    room, parity, smallest, edge, *bounds = values
+    power = math.frexp(grain)[1] - 1
+    return Grid(
+        fmt,
+        mantissa_bits,
+        shift,
+        is_static,
+        power,
+        wide,
+        least_field,
+        finest,
+        first,
+        room,
+        parity,
+        smallest,
+        edge,
+        bounds,
+    )
+
+
+def once(*block_values):
+    """Returns integer arrays of one shape and dtype as they are, computed once a block.
+
+    XLA fuses what it can into the work on every element, through optimization barriers too, but not a reduction.
+    """
+    first = block_values[0]
+    pair = lax.broadcasted_iota(first.dtype, (*first.shape, 2), first.ndim)
+    least = np.array(jnp.iinfo(first.dtype).min, first.dtype)
+    return lax.reduce(
+        [values[..., None] - pair for values in block_values],
+        [least] * len(block_values),
+        lambda left, right: tuple(map(lax.max, left, right)),
+        (first.ndim,),
+    )
+
+
+def _spread_once(spread, *block_values):
+    """Returns arrays computed once a block and spread over its elements; other values as they are."""
+    values = iter(once(*(value for value in block_values if isinstance(value, jax.Array))))
+    return [spread(next(values)) if isinstance(value, jax.Array) else value for value in block_values]
+
+
+def _ratio(value: float, mantissa_bits: int) -> tuple[int, int]:
+    """Returns (k, q) with value = k 2^q; a k of more than one bit is rounded up to mantissa_bits + 1 bits."""
+    numerator, denominator = value.as_integer_ratio()
+    trailing = (numerator & -numerator).bit_length() - 1
+    k, q = numerator >> trailing, trailing - (denominator.bit_length() - 1)
+    drop = max(k.bit_length() - 1 - mantissa_bits, 0)
+    return -(-k >> drop), q + drop
+
+
+def _bound(value: int, power: int, shift, precision: int, top: int, c: Carrier, on_grid: bool = False):
+    """Returns the largest number up to ``value 2^(power + shift)`` of ``precision`` bits and exponent up to top.
+
+    If ``on_grid``, it is a multiple of ``2^(power + shift)``.
+    """
+    ceiling = c.int(static_bits(2**precision - 1, top - precision + 1, c))
+    if on_grid:
+        finer = jnp.clip(power + shift - (top - c.mantissa_bits), 0, c.mantissa_bits).astype(c.int)
+        ceiling = ceiling >> finer << finer
+    drop = max(value.bit_length() - precision, 0)
+    return jnp.minimum(_bits(value >> drop, power + drop, shift, c), ceiling)
+
+
+def _bits(k: int, q: int, shift, c: Carrier):
+    """Returns the bits of ``k 2^(q + shift)``, cut where the carrier's spacing is coarser."""
+    if isinstance(shift, int):
+        return c.int(static_bits(k, q + shift, c))
+    return compose(jnp.full_like(shift, k), q + shift, c).astype(c.int)
+
+
+def _pattern(k: int, q: int, shift, c: Carrier):
+    """Returns the bits of ``k 2^(q + shift)``, with an exponent field below 1 where the carrier has subnormals."""
+    length = max(k.bit_length() - 1, 0)
+    # Beyond these fields there is no number to compare with.
+    least, most = -(c.bias + c.mantissa_bits), 2 * c.bias + 1
+    field = q + length + c.bias + shift if k else least
+    if q + length <= -c.bias // 2:
+        field = jnp.maximum(field, least)
+    elif q + length > 0:
+        field = jnp.minimum(field, most)
+    field = jnp.asarray(field, c.int)
+    return (field << c.mantissa_bits) + c.int((k << (c.mantissa_bits - length)) & (2**c.mantissa_bits - 1))
