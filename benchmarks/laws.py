@@ -18,7 +18,7 @@ import optax
 import scipy.optimize
 
 from qjax import laws
-from qjax.laws import _fit, _solver
+from qjax.laws import _problem, _solver
 
 RESULT = pathlib.Path(__file__).parent / "results" / "laws.md"
 
@@ -88,7 +88,7 @@ def main():
         def objective(z):
             return jax.numpy.sum(_solver.huber(result.problem.log_prediction(z, columns) - log_loss, 1e-3))
 
-        starts = _fit._starts("benchmark", result.problem, {})
+        starts = _problem.starting_points("benchmark", result.problem, {})
         some = np.random.default_rng(1).permutation(starts)
         with np.errstate(all="ignore"):
             start = time.perf_counter()

@@ -54,6 +54,18 @@ PUBLISHED = {
     ),
     "precision": (laws.PRECISION.published, KUMAR_RUNS, {}),
     "precision, untied": (laws.PRECISION.published, KUMAR_RUNS, {"tied": {}}),
+    "post training": (
+        laws.POST_TRAINING.published,
+        grid(
+            N=[30e6, 60e6, 110e6, 220e6],
+            D=[1.5e9, 6e9, 26e9],
+            P_w=[4, 6, 8, 12],
+            P_a=[4, 6, 12],
+            P_kv=[4, 6, 12],
+            P_post=[2, 3, 4],
+        ),
+        {},
+    ),
     "float quantization": (
         laws.FLOAT_QUANTIZATION.published,
         grid(**CAPYBARA, E=[1, 2, 3, 4, 5], M=[1, 2, 3, 4, 5], B=[32, 128, 2**13.1567]),

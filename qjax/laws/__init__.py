@@ -3,7 +3,7 @@
 from qjax.laws._allocation import Allocation, iso_compute, iso_loss, optimal_allocation
 from qjax.laws._bootstrap import Bootstrap, bootstrap
 from qjax.laws._compare import Score, cross_validate, r_squared
-from qjax.laws._fit import Fit, fit, fit_two_stage
+from qjax.laws._fit import Fit, fit
 from qjax.laws._forms import (
     CHINCHILLA,
     CHINCHILLA_REPLICATION,
@@ -23,6 +23,7 @@ from qjax.laws._forms import (
 from qjax.laws._law import Column, Law, Model, Parameter
 from qjax.laws._plots import plot_fit, plot_iso_loss, plot_pareto, plot_residuals
 from qjax.laws._questions import Split, critical_data_size, effective_parameters, optimal_precision, optimal_split
+from qjax.laws._two_stage import fit_two_stage
 
 __all__ = [
     "CHINCHILLA",

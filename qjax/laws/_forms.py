@@ -3,8 +3,7 @@
 import dataclasses
 import math
 
-import jax.numpy as jnp
-
+from qjax.laws import _equations as equations
 from qjax.laws._law import Column, Law, Parameter
 
 _N = Column("N", "parameters of the model")
@@ -25,76 +24,21 @@ def _few(*parameters: Parameter) -> tuple[Parameter, ...]:
     return tuple(dataclasses.replace(p, starts=_FEW.get(p.name, _FEW_EXPONENTS)) for p in parameters)
 
 
-def _raise(x, exponent):
-    """Returns x^exponent for x > 0; XLA vectorizes exp and hoists the logarithm of data, but calls pow one by one."""
-    return jnp.exp(exponent * jnp.log(x))
-
-
-def _chinchilla(p, d):
-    return p["A"] * _raise(d["N"], -p["alpha"]) + p["B"] * _raise(d["D"], -p["beta"]) + p["E"]
-
-
-def _power(p, d):
-    return p["c"] * _raise(d["x"], -p["alpha"])
-
-
-def _saturating_power(p, d):
-    return _power(p, d) + p["E"]
-
-
-def _precision(p, d):
-    return _chinchilla(p, {**d, "N": _precision_parameters(p, d)})
-
-
-def _precision_parameters(p, d):
-    share = 1.0
-    for x in ("w", "a", "kv"):
-        share = share * -jnp.expm1(-(d[f"P_{x}"] / p[f"gamma_{x}"] + p[f"n_{x}"]))
-    return d["N"] * share
-
-
-def _post_training(p, d):
-    size = p["C_T"] * _raise(d["D"], p["gamma_D"]) * _raise(_precision_parameters(p, d), -p["gamma_N"])
-    return _precision(p, d) - size * jnp.exp(-d["P_post"] / p["gamma_post"]) * jnp.expm1(
-        -p["C_w"] * (d["P_w"] - d["P_post"])
-    )
-
-
-def _float_quantization(p, d):
-    parameters, tokens = _raise(d["N"], -p["alpha"]), _raise(d["D"], p["beta"])
-    bits = _raise(d["E"] + 0.5, -p["delta"]) * _raise(d["M"] + 0.5, -p["nu"])
-    error = tokens * parameters * jnp.log2(d["B"]) * bits / p["gamma"]
-    return p["n"] * parameters + p["d"] / tokens + p["eps"] + error
-
-
-def _qat(p, d):
-    error = _raise(d["D"], p["gamma_D"]) * _raise(jnp.log2(d["G"]), p["gamma_G"]) * _raise(d["N"], -p["gamma_N"])
-    return _chinchilla(p, d) + p["k"] * error
-
-
-def _quest(p, d):
-    return _chinchilla(p, {**d, "N": d["N"] * p["eff"][d["format"]]})
-
-
-def _quartet(p, d):
-    parameters, tokens = d["N"] * p["eff_N"][d["forward"]], d["D"] * p["eff_D"][d["backward"]]
-    inner = p["A"] * _raise(parameters, -p["alpha"]) + p["B"] * _raise(tokens, -p["beta"])
-    return _raise(inner, p["gamma"]) + p["E"]
-
-
 _X = Column("x", "any positive quantity: parameters, tokens, FLOPs")
 _POWER = (
     Parameter("c", (1.0, 1e2, 1e4), (1e-9, 1e15), needs=("x",)),
     Parameter("alpha", (0.05, 0.2, 0.5, 1.0), (0.0, 4.0), log=False, needs=("x",)),
 )
 _KAPLAN = "Kaplan et al. (2020), https://arxiv.org/abs/2001.08361, section 1.2"
-POWER = Law("power", "L = c / x^alpha", _power, (_X,), _POWER, _KAPLAN)
-SATURATING_POWER = Law("saturating_power", "L = c / x^alpha + E", _saturating_power, (_X,), (*_POWER, _E), _KAPLAN)
+POWER = Law("power", "L = c / x^alpha", equations.power, (_X,), _POWER, _KAPLAN)
+SATURATING_POWER = Law(
+    "saturating_power", "L = c / x^alpha + E", equations.saturating_power, (_X,), (*_POWER, _E), _KAPLAN
+)
 
 CHINCHILLA = Law(
     "chinchilla",
     "L = A / N^alpha + B / D^beta + E",
-    _chinchilla,
+    equations.chinchilla,
     (_N, _D),
     (_A, _B, _E, _ALPHA, _BETA),
     "Hoffmann et al. (2022), https://arxiv.org/abs/2203.15556, approach 3; constants with the digits of its TeX source",
@@ -139,7 +83,7 @@ _PRECISION = {
 PRECISION = Law(
     "precision",
     "L = A / N_eff^alpha + B / D^beta + E,  N_eff = N prod_x (1 - exp(-P_x / gamma_x - n_x)),  x = w, a, kv",
-    _precision,
+    equations.precision,
     (_N, _D, *_BITS),
     (*_few(_A, _B, _E, _ALPHA, _BETA), *_OFFSETS),
     "Kumar et al. (2024), Scaling laws for precision, https://arxiv.org/abs/2411.04330, section 4; the sign of n_x is "
@@ -153,7 +97,7 @@ POST_TRAINING = dataclasses.replace(
     name="post_training",
     equation=PRECISION.equation + ";  + C_T D^gamma_D / N_eff^gamma_N exp(-P_post / gamma_post) "
     "(1 - exp(-C_w (P_w - P_post)))",
-    function=_post_training,
+    function=equations.post_training,
     columns=(*PRECISION.columns, Column("P_post", "bits of the weights after training, at most P_w")),
     parameters=(
         *PRECISION.parameters,
@@ -178,7 +122,7 @@ POST_TRAINING = dataclasses.replace(
 FLOAT_QUANTIZATION = Law(
     "float_quantization",
     "L = n / N^alpha + d / D^beta + eps + D^beta log2(B) / (N^alpha gamma (E + 1/2)^delta (M + 1/2)^nu)",
-    _float_quantization,
+    equations.float_quantization,
     (
         _N,
         _D,
@@ -217,7 +161,7 @@ def _qat_law(name: str, what: str, k: float, gamma_N: float, gamma_D: float, gam
     return Law(
         name,
         "L = A / N^alpha + B / D^beta + E + k D^gamma_D log2(G)^gamma_G / N^gamma_N",
-        _qat,
+        equations.qat,
         (_N, _D, Column("G", "elements that share a scale", 1.0)),
         (
             *_few(_A, _B, _E, _ALPHA, _BETA),
@@ -249,7 +193,7 @@ QAT_W16A4_FC2_8BIT = _qat_law(
 QUEST = Law(
     "quest",
     "L = A / (N eff[format])^alpha + B / D^beta + E",
-    _quest,
+    equations.quest,
     (_N, _D, Column("format", "what weights and activations are rounded to", category=True)),
     (*_few(_A, _B, _E, _ALPHA, _BETA), Parameter("eff", (0.5,), (1e-3, 4.0), per="format")),
     "Panferov et al. (2025), QuEST, https://arxiv.org/abs/2502.05003, section 4; constants: least squares on the logs "
@@ -279,7 +223,7 @@ QUEST = Law(
 QUARTET = Law(
     "quartet",
     "L = (A / (N eff_N[forward])^alpha + B / (D eff_D[backward])^beta)^gamma + E",
-    _quartet,
+    equations.quartet,
     (
         _N,
         _D,

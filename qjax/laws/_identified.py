@@ -1,9 +1,9 @@
 """What the runs say about each parameter: covariances, and warnings about those that they do not determine."""
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float
+
+from qjax.laws._problem import Problem
 
 # The largest relative change of any predicted loss, for a relative change of a parameter, that counts as none.
 _DEAD = 1e-5
@@ -11,7 +11,7 @@ _DEAD = 1e-5
 _SINGULAR = 1e-9
 
 
-def covariance_of(problem: Any, natural, residuals, jacobian, delta: float) -> Float[np.ndarray, "p p"]:
+def covariance_of(problem: Problem, natural, residuals, jacobian, delta: float) -> Float[np.ndarray, "p p"]:
     """Returns the covariance of the free parameters, that of an M-estimator with symmetric errors.
 
     ``n / (n - p) mean(psi^2) / mean(psi')^2 (J' J)^-1`` with psi the derivative of Huber's loss; for least squares the
@@ -54,7 +54,7 @@ def unidentified(jacobian) -> tuple[np.ndarray, np.ndarray]:
     return dead, blurred
 
 
-def warnings_of(problem: Any, natural, residuals, jacobian, delta: float) -> tuple[str, ...]:
+def warnings_of(problem: Problem, natural, residuals, jacobian, delta: float) -> tuple[str, ...]:
     """Returns a sentence for every parameter that has run away or is not identified."""
     found, (dead, blurred) = [], unidentified(jacobian)
     errors = np.sqrt(np.diag(covariance_of(problem, natural, residuals, jacobian, delta)))
