@@ -486,6 +486,9 @@ def test_other_refusals():
         "fit_two_stage: baseline must name the level of forward, backward; got": lambda: laws.fit_two_stage(
             laws.QUARTET, {}, baseline={"forward": "bf16"}
         ),
+        "baseline must name the level of no column, so fit is all there is": lambda: laws.fit_two_stage(
+            laws.CHINCHILLA, C, baseline={}
+        ),
         "fit_two_stage: no run is at the baseline": lambda: laws.fit_two_stage(
             laws.QUEST, {**C, "format": ["fp4"] * 9}, baseline={"format": "bf16"}
         ),

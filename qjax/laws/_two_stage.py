@@ -52,7 +52,7 @@ def fit_two_stage(
     Source: Castro et al. (2025), Quartet, https://arxiv.org/abs/2505.14669, appendix on scaling laws.
     """
     categories = [c.name for c in law.columns if c.category]
-    if set(categories) != set(baseline):
+    if not categories or set(categories) != set(baseline):
         expected = ", ".join(categories) or "no column, so fit is all there is"
         raise ValueError(f"fit_two_stage: baseline must name the level of {expected}; got {dict(baseline)}")
     runs = read("fit_two_stage", law, data, loss, columns)
