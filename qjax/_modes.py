@@ -114,6 +114,13 @@ def least_up(rounding: Rounding, first, half, smallest, negative):
     raise AssertionError(rounding)
 
 
+def as_proportional(rounding: Rounding, random: Random, c: Carrier) -> tuple[Rounding, Random]:
+    """Returns the mode and its words, STOCHASTIC_B as STOCHASTIC: half a unit of R more is a bit more, a one."""
+    if rounding is not Rounding.STOCHASTIC_B:
+        return rounding, random
+    return Rounding.STOCHASTIC, Random(random.words | c.uint(1 << (c.width - 1 - random.bits)), random.bits + 1)
+
+
 def goes_up(rounding: Rounding, fraction, random: Random, c: Carrier):
     """Returns whether a stochastic mode goes to the neighbour away from zero.
 
@@ -122,12 +129,11 @@ def goes_up(rounding: Rounding, fraction, random: Random, c: Carrier):
         binary point at the left; inexact values have a nonzero one.
       random: the random words.
     """
+    rounding, random = as_proportional(rounding, random, c)
     words, bits = random.words, random.bits
     match rounding:
         case Rounding.STOCHASTIC:
             return fraction + words < fraction
-        case Rounding.STOCHASTIC_B:
-            return fraction + (words | c.uint(1 << (c.width - 1 - bits))) < fraction
         case Rounding.STOCHASTIC_C:
             kept = fraction >> (c.width - bits)
             kept = kept + (fraction << bits > c.uint(c.sign) - (kept & 1)).astype(c.uint)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from qjax._carrier import Carrier, carrier, compose, decompose, from_bits, to_bits
 from qjax._grid import Grid, grid_of
-from qjax._modes import Random, Rounding, bump, goes_up, least_up
+from qjax._modes import Random, Rounding, as_proportional, bump, goes_up, least_up
 from qjax.formats import Fixed, Float
 
 
@@ -125,10 +125,7 @@ def _by_bits(pattern, grid: Grid, rounding: Rounding, negative, random: Random |
         return (pattern + bump(rounding, mask, odd, negative)) & ~mask, zero
 
     assert random is not None
-    if rounding is Rounding.STOCHASTIC_B:
-        # Half a unit more is a bit more.
-        random = Random(random.words | c.uint(1 << (c.width - 1 - random.bits)), random.bits + 1)
-        rounding = Rounding.STOCHASTIC
+    rounding, random = as_proportional(rounding, random, c)
     if rounding is Rounding.STOCHASTIC:
         added = (random.words >> stay).astype(c.int)
     else:

@@ -7,11 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from qjax._quantizer import Quantizer
-from qjax.formats import Format
 from qjax.optim._keys import check_key, first_key, fold_in, map_with_keys, next_key
-from qjax.optim._storage import restored, stored
-
-QuantizerLike = Quantizer | Format | str
+from qjax.optim._storage import QuantizerLike, as_quantizer, restored, stored
 
 
 class ChopState(NamedTuple):
@@ -115,11 +112,6 @@ def chop_params(
         return steps, ChopState(key, map_with_keys(hold, lost, _key_for(kept, own, 1)))
 
     return optax.GradientTransformation(init, update)
-
-
-def as_quantizer(q: QuantizerLike) -> Quantizer:
-    """Returns a Quantizer; a format or its name stands for rounding to nearest."""
-    return q if isinstance(q, Quantizer) else Quantizer(q)
 
 
 def _key_for(quantizer: Quantizer, key, number: int):

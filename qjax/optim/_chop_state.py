@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qjax.formats import Format
 from qjax.optim._keys import check_key, first_key, map_with_keys, next_key
-from qjax.optim._storage import Storage, Stored, as_storage, restored, stored
+from qjax.optim._storage import Storage, StorageLike, Stored, as_storage, restored, stored
 
-StorageLike = Storage | Format | str
 Rule = StorageLike | Mapping[str, StorageLike | None] | Callable[[str, jax.Array], StorageLike | None]
 
 

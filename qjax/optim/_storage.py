@@ -117,12 +117,19 @@ def _blocks(block: int, shape: tuple[int, ...]):
     return blocks_of(Scaled(FP32, FP32, block), shape, -1)
 
 
+QuantizerLike = Quantizer | Format | str
 Storage = Quantizer | Expanded
+StorageLike = QuantizerLike | Expanded
 
 
-def as_storage(storage: Storage | Format | str) -> Storage:
+def as_quantizer(q: QuantizerLike) -> Quantizer:
+    """Returns a Quantizer; a format or its name stands for rounding to nearest."""
+    return q if isinstance(q, Quantizer) else Quantizer(q)
+
+
+def as_storage(storage: StorageLike) -> Storage:
     """Returns a storage; a format or its name stands for rounding to nearest."""
-    return storage if isinstance(storage, Quantizer | Expanded) else Quantizer(storage)
+    return storage if isinstance(storage, Expanded) else as_quantizer(storage)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["shape"])
