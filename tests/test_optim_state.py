@@ -155,6 +155,7 @@ SPECIAL = {
     "equal": ([2.0, -2.0, 2.0], [2.0, -2.0, 2.0]),
     "subnormal": ([1e-40, 0.0, 3.0], [0.0, 0.0, 3.0]),
     "nan": ([np.nan, 1.0, 2.0], [np.nan] * 3),
+    "infinity": ([-np.inf, 1.0, 2.0], [np.nan] * 3),
     "far below the largest": ([1e38, 1e-5, 1.0], [1e38, 0.0, 0.0]),
 }
 
@@ -218,7 +219,12 @@ def test_stochastic_states_draw_anew():
 
 
 REFUSALS = {
-    r"Expanded: fmt must be a Float, such as 'e4m3', got 'int8'": lambda: optim.Expanded("int8"),
+    r"Expanded: fmt must be a Float of at most 8 bits, such as 'e4m3', got 'int8'": lambda: optim.Expanded("int8"),
+    r"Expanded: fmt must be a Float of at most 8 bits, such as 'e4m3', got 'bf16'": lambda: optim.Expanded("bf16"),
+    r"Expanded: block must be a positive int, got 0": lambda: optim.Expanded("e4m3", 0),
+    r"Expanded: arrays must be float32, got bfloat16; hold it by a Quantizer": lambda: optim.chop_state(
+        optax.scale_by_adam(mu_dtype=jnp.bfloat16), optim.Expanded()
+    ).init(jnp.zeros(256)),
     r"chop_state: the rounding is stochastic and needs key": lambda: optim.chop_state(
         optax.adam(1.0), qjax.Quantizer("e4m3", "stochastic")
     ),
@@ -237,5 +243,5 @@ REFUSALS = {
 
 @pytest.mark.parametrize("text", REFUSALS)
 def test_refusals(text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((TypeError, ValueError), match=text):
         REFUSALS[text]()

@@ -29,11 +29,14 @@ class Expanded:
     and is stored in a byte: the block uses the range that the format has. The way back is ``M (|q| / max)^(1/k)``.
 
     Args:
-      fmt: a ``Float`` or its name.
+      fmt: a ``Float`` of at most 8 bits, or its name.
       block: how many elements along the last axis share M and k.
 
-    Zeros stay zeros, and subnormals become zeros. A block with a NaN or an infinity becomes NaN. Rounding is to
-    nearest, ties to even, once the float32 logarithms and exponentials of the backend have had their say.
+    Arrays are float32. Zeros stay zeros, and subnormals become zeros. A block with a NaN or an infinity becomes NaN.
+    Rounding is to nearest, ties to even, of a power that is right to a relative 2^-16. The way back is a table's.
+
+    Raises:
+      TypeError, ValueError: for other formats, blocks and dtypes.
 
     >>> import jax.numpy as jnp, qjax
     >>> x = jnp.array([1.0, 0.9, 1.1, 0.95], jnp.float32)
@@ -52,8 +55,10 @@ class Expanded:
 
     def __init__(self, fmt: Float | str = "e4m3", block: int = 128):
         resolved = format(fmt)
-        if not isinstance(resolved, Float):
-            raise ValueError(f"Expanded: fmt must be a Float, such as 'e4m3', got {fmt!r}.")
+        if not isinstance(resolved, Float) or resolved.bits > 8:
+            raise ValueError(f"Expanded: fmt must be a Float of at most 8 bits, such as 'e4m3', got {fmt!r}.")
+        if not isinstance(block, int) or block < 1:
+            raise ValueError(f"Expanded: block must be a positive int, got {block!r}.")
         object.__setattr__(self, "fmt", resolved)
         object.__setattr__(self, "block", block)
 
@@ -63,6 +68,8 @@ class Expanded:
 
     def encode(self, x: Float32[Array, "*shape"]) -> "ExpandedTensor":
         """Returns the storage of x."""
+        if x.dtype != jnp.float32:
+            raise TypeError(f"Expanded: arrays must be float32, got {x.dtype}; hold it by a Quantizer, or convert it.")
         blocks = _blocks(self.block, x.shape)
         c = _carrier.carrier(x.dtype)
         size = _carrier.flush(jnp.abs(x))
@@ -76,6 +83,7 @@ class Expanded:
         logarithm = _carrier.from_bits(logarithm.astype(c.uint), c)
         power = exp2(blocks.spread(steps.astype(c.float) / 16) * (log2(size) - blocks.spread(logarithm)))
         q = jnp.copysign(jnp.where(bits == 0, 0, power * self.fmt.max), x)
+        largest = jnp.where(top < c.inf, largest, jnp.nan)
         return ExpandedTensor(encode(q, self.fmt), largest, steps.astype(jnp.uint8), self.block)
 
     def __call__(self, x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
