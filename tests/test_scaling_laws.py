@@ -137,7 +137,9 @@ EQUATIONS = [
 @pytest.mark.parametrize("law, reference, data", EQUATIONS, ids=lambda x: getattr(x, "name", ""))
 def test_published_laws_are_their_equations(law, reference, data):
     # Powers as exp(a log x): |a log x| < 20, so some 20 ulp a power; 1e-13 holds a few of them.
-    np.testing.assert_allclose(law.published(data), reference(**data), rtol=1e-13)
+    losses = law.published(data)
+    np.testing.assert_allclose(losses, reference(**data), rtol=1e-13)
+    assert np.ndim(losses) == 0 or losses.flags.writeable  # The user's own, to compute with in place.
 
 
 # Section D of the papers' notes: anchors, to the digits printed there.
@@ -407,6 +409,8 @@ def test_rivals_are_compared_on_runs_that_they_have_not_seen():
         best, worst = laws.cross_validate([laws.CHINCHILLA, laws.FLOAT_QUANTIZATION], data, by=by, **few)
         assert (best.law, best.parameters) == ("float_quantization", 8)
         assert best.r_squared > 1 - 1e-6 > worst.r_squared
+        for score in (best, worst):
+            assert score.rms == pytest.approx(np.sqrt(np.mean(np.log(score.predicted / data["loss"]) ** 2)), rel=1e-9)
     assert laws.r_squared(laws.FLOAT_QUANTIZATION.published, data) == 1
     with pytest.raises(ValueError, match="folds must be from 2 to 4, the number of Ns; got 5"):
         laws.cross_validate([laws.CHINCHILLA], data, by="N", folds=5, key=jax.random.key(0))

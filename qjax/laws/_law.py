@@ -181,7 +181,7 @@ class Model:
         flat = expand(self.law, levels)
         theta = np.array([self.parameters[name] for name in flat])
         with jax.enable_x64(True):
-            return np.asarray(_predict(self.law, levels, theta, codes))[()]
+            return np.array(_predict(self.law, levels, theta, codes))[()]
 
 
 def encode(caller: str, column: Column, values: np.ndarray, levels: Mapping[str, tuple[str, ...]]) -> np.ndarray:
