@@ -5,6 +5,7 @@ from qjax._accumulator import Accumulator
 from qjax._chop import chop
 from qjax._coverage import Coverage
 from qjax._dot import conv_general_dilated, dot_general
+from qjax._emulate import emulate
 from qjax._encode import QTensor, decode, encode
 from qjax._hadamard import Hadamard
 from qjax._modes import Rounding
@@ -35,6 +36,7 @@ __all__ = [
     "decode",
     "dot_general",
     "einsum",
+    "emulate",
     "encode",
     "formats",
     "quantize",
