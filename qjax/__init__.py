@@ -9,9 +9,11 @@ from qjax._emulate import emulate
 from qjax._encode import QTensor, decode, encode
 from qjax._hadamard import Hadamard
 from qjax._modes import Rounding
+from qjax._operations import Operations, operations
 from qjax._program import coverage, einsum, quantize, quantize_state
 from qjax._quantizer import Clipped, Quantizer, StraightThrough, TrustMasked
 from qjax._recipe import Gemm, Recipe
+from qjax._significance import Significant, significant_digits
 from qjax._sites import Site
 from qjax.formats import *  # noqa: F403
 
@@ -23,10 +25,12 @@ __all__ = [
     "Coverage",
     "Gemm",
     "Hadamard",
+    "Operations",
     "QTensor",
     "Quantizer",
     "Recipe",
     "Rounding",
+    "Significant",
     "Site",
     "StraightThrough",
     "TrustMasked",
@@ -39,8 +43,10 @@ __all__ = [
     "emulate",
     "encode",
     "formats",
+    "operations",
     "quantize",
     "quantize_state",
     "recipes",
+    "significant_digits",
 ]
 __all__ += formats.__all__

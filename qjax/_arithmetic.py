@@ -14,7 +14,7 @@ from qjax._jaxpr import is_literal
 from qjax._modes import Rounding
 from qjax._quantizer import Quantizer
 from qjax._recipe import Recipe
-from qjax.formats import Fixed, Float, Format, Scaled
+from qjax.formats import Fixed, Float, Format
 
 # Their results are numbers that their operands have, ...
 MOVED = frozenset(
@@ -22,8 +22,8 @@ MOVED = frozenset(
     "copy copy_p cummax cummin device_put dynamic_slice dynamic_update_slice empty expand_dims gather imag "
     "layout_constraint max min name optimization_barrier pad pbroadcast pmax pmin ppermute pvary real reduce_max "
     "reduce_min reduce_window_max reduce_window_min reshape reshard rev scatter scatter-max scatter-min select_n "
-    "select_and_gather_add select_and_scatter sharding_constraint slice sort split squeeze stack stop_gradient tie tile "
-    "top_k transpose unstack vary_unreduced_cast".split()
+    "select_and_gather_add select_and_scatter sharding_constraint slice sort split squeeze stack stop_gradient tie "
+    "tile top_k transpose unstack vary_unreduced_cast".split()
 )
 # ... but for the sign.
 SIGNED = frozenset(("abs", "conj", "neg"))
@@ -53,9 +53,7 @@ SUMMED = frozenset(
     "select_and_scatter_add".split()
 )
 # ... after each, in the order that is asked for.
-ORDERED = frozenset(
-    "conv_general_dilated cumprod cumsum dot_general reduce_prod reduce_sum reduce_window_sum".split()
-)
+ORDERED = frozenset("conv_general_dilated cumprod cumsum dot_general reduce_prod reduce_sum reduce_window_sum".split())
 # Whole algorithms, run on rounded numbers and then rounded.
 OPAQUE = frozenset(
     "cholesky cholesky_update eig eigh fft geqp3 geqrf hessenberg householder_product lu ormqr qr reduce reduce_window "
@@ -88,12 +86,8 @@ def unfit(fmt: Format, dtype) -> str:
     if contains(fmt, real):
         return ""
     found, most = _operand.extent(fmt), info.nmant + 1
-    inner = fmt
-    while isinstance(inner, Scaled):
-        inner = inner.element
-    if isinstance(inner, Float) and fmt is inner:
-        if inner.max > float(info.max) or inner.quantum_exponent < info.minexp - info.nmant:
-            return f"{real} does not hold the numbers of {fmt!r}"
+    if isinstance(fmt, Float) and (fmt.max > float(info.max) or fmt.quantum_exponent < info.minexp - info.nmant):
+        return f"{real} does not hold the numbers of {fmt!r}"
     if found is None or 2 * found.precision + 2 > most:
         bits = "all its" if found is None else f"2 x {found.precision} + 2"
         return f"a single rounding to {fmt!r} needs {bits} significant bits, {real} has {most}"
@@ -111,7 +105,7 @@ def contains(fmt: Format, dtype) -> bool:
 
 
 def rounded(x, quantizer: Quantizer | None, key=None):
-    """Returns an array of floats rounded by a quantizer, if there is one and it would change any; others as they are."""
+    """Returns an array of floats rounded by a quantizer; as it is if there is none, or if it would change nothing."""
     if quantizer is None or not jnp.issubdtype(x.dtype, jnp.inexact) or contains(quantizer.fmt, x.dtype):
         return x
     return quantizer(x, key=key if quantizer.is_stochastic else None)
@@ -139,7 +133,7 @@ def constants(eqn, operands, quantizer: Quantizer | None):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Operation:
+class Rounded:
     """An equation followed by a rounding, in the place of the equation.
 
     Attributes:
@@ -258,9 +252,7 @@ class Operation:
         return operation(*operands, **options, recipe=self.recipe)
 
 
-_NEAREST = frozenset(
-    (Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY, Rounding.NEAREST_ZERO, Rounding.NEAREST_ODD)
-)
+_NEAREST = frozenset((Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY, Rounding.NEAREST_ZERO, Rounding.NEAREST_ODD))
 _PLAIN = {
     "add": lax.add,
     "add_any": lax.add,

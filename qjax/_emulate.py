@@ -68,7 +68,7 @@ def emulate(
         function of its operands and parameters, whose operations are then rounded. A pattern must match (by
         ``re.fullmatch``) the name of a primitive, or the path of named scopes with this name last:
         ``"attention/.*"``, ``".*/exp"``. "argument" stands for the arguments of fn, "result" for its results.
-      key: the PRNG key, for stochastic roundings. Each operation, each step of a loop and each shard draws its own bits.
+      key: the PRNG key, for stochastic roundings. Each operation, step of a loop and shard draws its own bits.
 
     Gradients: ``grad(emulate(f))`` is straight-through, the derivative of f at the rounded numbers.
     ``emulate(grad(f))`` rounds the backward pass too, operation by operation.
@@ -149,14 +149,13 @@ def checked(caller: str, fmt, rounding, saturate: bool, sums, rules) -> Choice:
     known = {}
     for pattern, value in (rules or {}).items():
         _check_pattern(caller, pattern)
-        if isinstance(value, str | Format):
-            value = Quantizer(value, default.rounding, saturate=saturate)
-        elif value is not None and not isinstance(value, Quantizer | Recipe) and not callable(value):
+        if not (value is None or isinstance(value, str | Format | Quantizer | Recipe) or callable(value)):
             raise TypeError(
                 f"{caller}: rules[{pattern!r}] must be a format, a Quantizer, a Recipe, a function or None, "
                 f"got {value!r}."
             )
-        known[pattern] = value
+        is_format = isinstance(value, str | Format)
+        known[pattern] = Quantizer(value, default.rounding, saturate=saturate) if is_format else value
     return Choice(default, tuple(known.items()), tuple(orders.items()))
 
 
@@ -248,7 +247,7 @@ def planned(
         if recipe is None and all(_arithmetic.contains(quantizer.fmt, dtype) for dtype in dtypes):
             return _jaxpr.KEEP
         draws.extend(x for x in (quantizer, recipe) if x is not None and x.is_stochastic and kind != "moved")
-        return _arithmetic.Operation(quantizer, order, recipe, kind)
+        return _arithmetic.Rounded(quantizer, order, recipe, kind)
 
     plan = _jaxpr.plan(program.jaxpr.jaxpr, choose)
     unused = [pattern for pattern, _ in choice.rules if pattern not in used]

@@ -242,8 +242,8 @@ def dot_rows(equation, lhs, rhs):
     free = [[x.shape[a] for a in w.free] for x, w in zip((lhs, rhs), axes, strict=True)]
     rows = []
     for x, w, mine in zip((lhs, rhs), axes, free, strict=True):
-        x = _operand.to_rows(x, w)
-        rows.append(x.reshape(math.prod(batch), math.prod(mine), x.shape[-1]))
+        depth = math.prod(x.shape[a] for a in w.contract)
+        rows.append(_operand.to_rows(x, w).reshape(math.prod(batch), math.prod(mine), depth))
     return *rows, lambda out: out.reshape(*batch, *free[0], *free[1])
 
 
@@ -253,7 +253,7 @@ def _accumulated_conv(equation, accumulator: Accumulator, operands: list[Operand
 
 
 def conv_rows(equation, lhs, rhs):
-    """Returns the patches and kernels of a convolution as (b, m, k) and (b, n, k), and what brings (b, m, n) to its result."""
+    """Returns patches (b, m, k) and kernels (b, n, k) of a convolution, and what brings (b, m, n) to its result."""
     p, numbers = equation.params, equation.params["dimension_numbers"]
     x, kernel = lax.transpose(lhs, numbers.lhs_spec), lax.transpose(rhs, numbers.rhs_spec)
     padding = [(0, 0, 0), (0, 0, 0)]

@@ -10,13 +10,13 @@ from jax import lax
 
 from qjax import _operand, _product
 
-Operation = Callable[..., jax.Array]
+Binary = Callable[..., jax.Array]
 """A rounded operation of two arrays and a key, ``(a, b, key) -> Array``."""
 
 ORDERS = ("once", "sequential", "pairwise")
 
 
-def total(terms, operation: Operation, order: str, key):
+def total(terms, operation: Binary, order: str, key):
     """Returns the sum of the terms along the first axis, of which there is at least one.
 
     Args:
@@ -37,7 +37,7 @@ def total(terms, operation: Operation, order: str, key):
         terms = jnp.concatenate([operation(pairs[::2], pairs[1::2], _folded(key, level)), odd])
 
 
-def totals(terms, operation: Operation, order: str, key, *, axis: int, reverse: bool):
+def totals(terms, operation: Binary, order: str, key, *, axis: int, reverse: bool):
     """Returns the sums of the first term, the first two terms, and so on, along an axis."""
     if order == "pairwise":
         number = itertools.count()
@@ -57,7 +57,7 @@ def totals(terms, operation: Operation, order: str, key, *, axis: int, reverse: 
     return jnp.moveaxis(jnp.concatenate([sums, first] if reverse else [first, sums]), 0, axis)
 
 
-def product(equation, lhs, rhs, add: Operation, multiply: Operation, order: str, key):
+def product(equation, lhs, rhs, add: Binary, multiply: Binary, order: str, key):
     """Returns the dot product or convolution of an equation, products and sums rounded one by one."""
     dtype = equation.outvars[0].aval.dtype
     lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)

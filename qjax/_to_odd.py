@@ -6,9 +6,7 @@ two (Boldo and Melquiond, 2008, Emulation of FMA and correctly rounded sums, htt
 Results below the smallest normal number of the dtype count as zero, as in XLA's arithmetic.
 """
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qjax import _carrier
 
