@@ -121,25 +121,25 @@ def _range(x):
 
 def _error(x, *, quantile: float):
     n = x.shape[0]
-    variance = jnp.sum((x - jnp.mean(x, 0)) ** 2, 0) / x.dtype.type(n - 1)
+    variance = jnp.sum((x - jnp.mean(x, 0, keepdims=True)) ** 2, 0) / x.dtype.type(n - 1)
     return x.dtype.type(quantile / math.sqrt(n)) * jnp.sqrt(variance)
 
 
 def _mean(x):
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return x[0]
-    same = jnp.all(x == x[0], 0)
+    same = jnp.all(x == x[:1], 0)
     return jnp.where(same, x[0], jnp.mean(x, 0))
 
 
 def _digits(fmt: Format, spread: Callable, x):
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.where(jnp.all(x == x[0], 0), _most(fmt, np.dtype(np.float32)), np.float32(0))
+        return jnp.where(jnp.all(x == x[:1], 0), _most(fmt, np.dtype(np.float32)), np.float32(0))
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return jnp.minimum(_digits(fmt, spread, x.real), _digits(fmt, spread, x.imag))
     most = _most(fmt, x.dtype)
     width, mean = spread(x), jnp.abs(jnp.mean(x, 0))
-    same = jnp.all(x == x[0], 0)
+    same = jnp.all(x == x[:1], 0)
     shared = jnp.log10(jnp.where(same, 1, mean) / jnp.where(same, 1, width)).astype(np.float32)
     digits = jnp.where(same, most, jnp.clip(shared, 0, most))
     return jnp.where(jnp.all(jnp.isfinite(x), 0), digits, np.float32(0))
