@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from qjax import _carrier, _dot, _operand, _sums, _to_odd
-from qjax._jaxpr import is_literal
+from qjax._jaxpr import Key, is_literal
 from qjax._modes import Rounding
 from qjax._quantizer import Quantizer
 from qjax._recipe import Recipe
@@ -104,11 +104,11 @@ def contains(fmt: Format, dtype) -> bool:
     return wide and fmt.quantum_exponent <= info.minexp - info.nmant
 
 
-def rounded(x, quantizer: Quantizer | None, key=None):
+def rounded(x, quantizer: Quantizer | None, key: Key | None = None):
     """Returns an array of floats rounded by a quantizer; as it is if there is none, or if it would change nothing."""
     if quantizer is None or not jnp.issubdtype(x.dtype, jnp.inexact) or contains(quantizer.fmt, x.dtype):
         return x
-    return quantizer(x, key=key if quantizer.is_stochastic else None)
+    return quantizer(x, key=key.whitened() if key is not None and quantizer.is_stochastic else None)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -209,7 +209,8 @@ class Rounded:
         add = functools.partial(self._combined, "add")
         multiply = functools.partial(self._combined, "mul")
         if name in ("dot_general", "conv_general_dilated"):
-            return _sums.product(eqn, *operands, add, multiply, self.sums, key)
+            lhs, rhs = operands
+            return _sums.product(eqn, lhs, rhs, add, multiply, self.sums, key)
         (x,) = operands
         operation = multiply if name.endswith("prod") else add
         if name.startswith("cum"):
@@ -248,7 +249,7 @@ class Rounded:
         assert self.recipe is not None
         operation = getattr(_dot, eqn.primitive.name)
         options = {name: value for name, value in eqn.params.items() if value is not None}
-        options |= {"key": key} if self.recipe.is_stochastic else {}
+        options |= {"key": key.key} if self.recipe.is_stochastic else {}
         return operation(*operands, **options, recipe=self.recipe)
 
 
@@ -289,5 +290,5 @@ def _precise(params: dict, fmt: Format, operands) -> dict:
     return {}
 
 
-def _folded(key, number: int):
-    return None if key is None else jax.random.fold_in(key, number)
+def _folded(key: Key | None, number: int) -> Key | None:
+    return None if key is None else key.folded(number)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -172,8 +173,8 @@ def _first(rules: tuple, name: str, path: str, default: tuple) -> tuple:
 
 
 def _each(quantizer: Quantizer | None, arrays, key) -> list:
-    folded = ((x, None if key is None else jax.random.fold_in(key, i)) for i, x in enumerate(arrays))
-    return [_arithmetic.rounded(x, quantizer, k) for x, k in folded]
+    folded = (None if key is None else _jaxpr.Key(key).folded(i) for i in itertools.count())
+    return [_arithmetic.rounded(x, quantizer, k) for x, k in zip(arrays, folded, strict=False)]
 
 
 # Functions of this library that round bit patterns, by the names that jit gives them.
@@ -236,6 +237,7 @@ def planned(
         if value is None:
             return _jaxpr.KEEP
         if not isinstance(quantizer, Quantizer):
+            assert callable(quantizer)
             return _Instead(quantizer, choice)
         dtypes = {v.aval.dtype for v in eqn.outvars if _arithmetic.is_inexact(v)}
         if kind != "moved" and name not in _arithmetic.EXACT:
@@ -285,6 +287,6 @@ class _Instead:
         program = _jaxpr.trace(self.fn, tuple(operands), eqn.params)
         choice = self.choice._replace(rules=tuple(r for r in self.choice.rules if r[1] is not self.fn))
         plan, _ = planned("emulate", program, choice, strict=False)
-        out = _jaxpr.evaluate(program.jaxpr.jaxpr, program.jaxpr.consts, plan, program.arrays, key)
+        out = _jaxpr.evaluate(program.jaxpr.jaxpr, program.jaxpr.consts, plan, program.arrays, key and key.key)
         out = program.output(out)
         return out if eqn.primitive.multiple_results or not isinstance(out, tuple | list) else out[0]

@@ -12,15 +12,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax import _random
+
 if TYPE_CHECKING:
     from jax.extend import core
 
 Plan = tuple[tuple[int, Any], ...]
 """What replaces the equations of a jaxpr: (position, replacement) pairs, hashable.
 
-A replacement is a hashable callable ``(equation, operands, key, state) -> outputs`` with a ``name``, that of its entry
-in the state or ""; or an ``Enter``.
+A replacement is a hashable callable ``(equation, operands, Key or None, state) -> outputs`` with a ``name``, that of
+its entry in the state or ""; or an ``Enter``.
 """
+
+
+class Key(NamedTuple):
+    """The key of a replacement.
+
+    Attributes:
+      key: a PRNG key.
+      words: eight words that are drawn from it, or None.
+    """
+
+    key: Any
+    words: Any = None
+
+    def folded(self, number) -> "Key":
+        """Returns a key made of it and a number."""
+        return Key(jax.random.fold_in(self.key, number))
+
+    def whitened(self) -> Any:
+        """Returns what ``chop`` takes for a key, of which the words are drawn already if they are there."""
+        return self.key if self.words is None else _random.Whitened(self.words)
 
 
 class Enter(NamedTuple):
@@ -170,6 +192,10 @@ def evaluate(
         return atom.val if is_literal(atom) else env[atom]
 
     numbered = {position: (number, replacement) for number, (position, replacement) in enumerate(plan)}
+    keys = words = None
+    if key is not None:  # All at once: each by itself takes as long to compile as the rounding.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(plan), dtype=jnp.uint32))
+        words = jax.vmap(functools.partial(_random.key_words, count=8))(keys)
     for i, eqn in enumerate(jaxpr.eqns):
         operands = [read(v) for v in eqn.invars]
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
@@ -178,15 +204,15 @@ def evaluate(
                 out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
             else:
                 number, replacement = numbered[i]
-                own = None if key is None else jax.random.fold_in(key, number)
+                own = None if keys is None or words is None else Key(keys[number], words[number])
                 if isinstance(replacement, Enter):
                     if replacement.before is not None:
                         operands = replacement.before(eqn, operands)
                     plans = dict(replacement.plans)
                     if replacement.run is not None:
-                        out = replacement.run(eqn, plans, operands, own)
+                        out = replacement.run(eqn, plans, operands, own and own.key)
                     else:
-                        out = ENTER[eqn.primitive.name](eqn.params, plans, operands, own, state)
+                        out = ENTER[eqn.primitive.name](eqn.params, plans, operands, own and own.key, state)
                 else:
                     out = replacement(eqn, operands, _shard_key(own, eqn), state and state.get(replacement.name))
         env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
@@ -205,11 +231,11 @@ def _names(plan: Plan) -> set[str]:
     return {r.name for _, r in plan if not isinstance(r, Enter)}.union(*map(_names, inner))
 
 
-def _shard_key(key, eqn):
+def _shard_key(key: Key | None, eqn) -> Key | None:
     """Returns a key of its own for each shard, along the axes that the operands vary over."""
     if key is not None:
         for axis in sorted(set().union(*(_varying(v.aval) for v in eqn.invars))):
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+            key = key.folded(jax.lax.axis_index(axis))
     return key
 
 

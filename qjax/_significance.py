@@ -74,8 +74,8 @@ def significant_digits(
     and Petit (2016), Verificarlo, https://arxiv.org/abs/1509.01347 (with "stochastic", and more samples).
     """
     name = "significant_digits"
-    several = isinstance(rounding, Sequence) and not isinstance(rounding, str)
-    modes = [_rounding_named(name, mode) for mode in (rounding if several else [rounding])]
+    several = not isinstance(rounding, str | Rounding)
+    modes = [_rounding_named(name, mode) for mode in ([rounding] if isinstance(rounding, str | Rounding) else rounding)]
     if several and len(modes) < 2:
         raise ValueError(f"{name}: a sequence of roundings has at least two, got {rounding!r}.")
     if not several and not modes[0].is_stochastic:
@@ -101,6 +101,7 @@ def significant_digits(
             found = jax.tree.map(lambda *xs: jnp.stack(list(map(jnp.asarray, xs))), *runs)
             spread = _range
         else:
+            assert key is not None
             found = jax.vmap(functools.partial(run, modes[0]))(jax.random.split(key, samples))
             spread = functools.partial(_error, quantile=_student(confidence, samples - 1))
         values = jax.tree.map(_mean, found)

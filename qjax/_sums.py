@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax import _operand, _product
+from qjax._jaxpr import Key
 
 Binary = Callable[..., jax.Array]
 """A rounded operation of two arrays and a key, ``(a, b, key) -> Array``."""
@@ -67,7 +68,7 @@ def product(equation, lhs, rhs, add: Binary, multiply: Binary, order: str, key):
         x, y, output = _product.conv_rows(equation, lhs, rhs)
     if x.shape[-1] == 0:
         return output(jnp.zeros((*x.shape[:2], y.shape[1]), dtype))
-    keys = [None if key is None else jax.random.fold_in(key, i) for i in range(2)]
+    keys = [_folded(key, i) for i in range(2)]
     if order == "sequential":
 
         def step(sum_, terms):
@@ -106,5 +107,5 @@ def windows(x, params: dict, empty):
     return x.reshape(math.prod(params["window_dimensions"]), *x.shape[x.ndim // 2 :])
 
 
-def _folded(key, number):
-    return None if key is None else jax.random.fold_in(key, number)
+def _folded(key: Key | None, number) -> Key | None:
+    return None if key is None else key.folded(number)
