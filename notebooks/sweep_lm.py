@@ -36,9 +36,10 @@ FORMATS = [
     "mxfp4",
     "nvfp4",
 ]
-# The first seed first: half of the sweep is a sweep.
-DESIGN = grid(seed=range(2), operands=["wa"], width=[32, 64, 96, 128], steps=[250, 500, 1000, 2000], fmt=FORMATS)
-DESIGN += grid(seed=range(2), operands=["w", "a"], width=[32, 64, 128], steps=[500, 1000], fmt=FORMATS[3:5])
+# A second seed where a run is short says how much of a difference is chance.
+DESIGN = grid(seed=[0], operands=["wa"], width=[32, 64, 96, 128], steps=[250, 500, 1000, 2000], fmt=FORMATS)
+DESIGN += grid(seed=[0], operands=["w", "a"], width=[32, 64, 128], steps=[500, 1000], fmt=FORMATS[3:5])
+DESIGN += grid(seed=[1], operands=["wa"], width=[32, 64, 96, 128], steps=[250, 500], fmt=FORMATS)
 
 
 @functools.cache
