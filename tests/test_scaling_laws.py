@@ -71,6 +71,12 @@ PUBLISHED = {
         grid(**CAPYBARA, E=[1, 2, 3, 4, 5, math.inf], M=[1, 2, 3, 4, 5, math.inf], B=[32, 128, 2**13.1567]),
         {},
     ),
+    # Constants of another order, those of study 11.
+    "float quantization, tiny models": (
+        laws.FLOAT_QUANTIZATION.model(n=2.3, alpha=0.15, d=29.0, beta=0.27, eps=0.6, gamma=55.0, delta=2.4, nu=1.4),
+        grid(N=[24576, 98304, 221184], D=[128e3, 256e3, 1e6], E=[1, 2, 4, math.inf], M=[0, 1, 2, 4], B=[16, 32]),
+        {},
+    ),
     **{
         law.name: (
             law.published,
