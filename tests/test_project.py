@@ -25,7 +25,7 @@ LAYERS = (
     ("_chop",),
     ("_packing",),
     ("_encode", "_quantizer", "_hadamard"),
-    ("_accumulator", "_operand", "optim"),
+    ("_accumulator", "_operand", "optim", "collectives"),
     ("_recipe", "_jaxpr"),
     ("_product", "_sites", "_custom"),
     ("_dot", "_coverage", "_rules", "_sums", "recipes"),
