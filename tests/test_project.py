@@ -31,6 +31,7 @@ LAYERS = (
     ("_dot", "_coverage", "_rules", "recipes"),
     ("_program",),
     ("linen", "nnx"),
+    ("stats",),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Who else may import what.

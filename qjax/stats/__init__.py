@@ -1,6 +1,30 @@
-"""Numerics of tensors: what a format does to them, as numbers, tables and pictures."""
+"""Numerics of tensors and networks: what formats do to them, as numbers, tables and pictures."""
 
+from qjax.stats._growth import growth
 from qjax.stats._measure import measure
+from qjax.stats._observe import observe, probes
+from qjax.stats._plots import plot_exponents, plot_growth, plot_heat_map
+from qjax.stats._report import Report, inspect, report
 from qjax.stats._stats import COUNTS, Stats, total
+from qjax.stats._watch import JsonLines, TensorBoard, Wandb, Watch, scalars
 
-__all__ = ["COUNTS", "Stats", "measure", "total"]
+__all__ = [
+    "COUNTS",
+    "JsonLines",
+    "Report",
+    "Stats",
+    "TensorBoard",
+    "Wandb",
+    "Watch",
+    "growth",
+    "inspect",
+    "measure",
+    "observe",
+    "plot_exponents",
+    "plot_growth",
+    "plot_heat_map",
+    "probes",
+    "report",
+    "scalars",
+    "total",
+]

@@ -45,9 +45,9 @@ def measure(
     Where q is NaN or infinite and x finite, all of x is lost: errors are those of q = 0.
 
     Histograms and counts are exact integers. The sums are float32 (float64 for float64 x), of terms in units of the
-    largest: nothing overflows, and what is lost below is under 2^-126 of the largest term. Terms are added in pairs
-    down to 64 partial sums. Each of them is positive, so a sum has a relative error of at most
-    ``(log2(n) + 62 + 3) 2^-24``, 3 for the roundings of the term itself: 5e-6 for n = 10^7, and 5e-5 dB in ``sqnr``.
+    largest: nothing overflows, and what is lost below is under 2^-126 of the largest term. They are summed in runs of
+    32, whose sums again, so with terms that are all positive and 3 roundings each a sum of n has a relative error of at
+    most ``(31 ceil(log32 n) + 3) 2^-24``: 1e-5 for n = 10^7, and 1e-4 dB in ``sqnr``.
 
     Raises:
       TypeError: if x is complex, or as ``chop`` does.
@@ -231,18 +231,16 @@ def _power_sums(key, powers: tuple[int, ...], c: Carrier):
     slot, within = (top - lowest) // SLOT, (top - lowest) % SLOT
     sums = []
     for power in powers:
-        summed = _pairwise_sum(square if power == 2 else square * square)
+        summed = _sum_by_runs(square if power == 2 else square * square)
         factor = (power * (within - 3 * SLOT // 4) + c.bias).astype(c.uint) << c.mantissa_bits
         placed = summed * _carrier.from_bits(factor, c)
         sums.append(jnp.where(jnp.arange(sizes(c)["squares"]) == slot, placed, c.float(0)))
     return sums
 
 
-def _pairwise_sum(x):
-    """Returns the sum of a vector, added in pairs down to 64 partial sums."""
-    while x.size > 64:
-        rows = jnp.pad(x, (0, -x.size % 8)).reshape(8, -1)
-        a, b, c, d = (rows[i] + rows[i + 1] for i in range(0, 8, 2))
-        # XLA would compute the sums of a level afresh for each of their uses in the next.
-        x = lax.optimization_barrier((a + b) + (c + d))
+def _sum_by_runs(x):
+    """Returns the sum of a vector: of runs of 32, of the sums of 32 runs, and so on."""
+    while x.size > 32:
+        runs = jnp.pad(x, (0, -x.size % 32)).reshape(-1, 32)
+        x = lax.optimization_barrier(jnp.sum(runs, axis=1))  # else XLA makes one long sum of two
     return jnp.sum(x)
