@@ -1,5 +1,6 @@
 """Numerics of tensors and networks: what formats do to them, as numbers, tables and pictures."""
 
+from qjax.stats._files import measure_file
 from qjax.stats._growth import growth
 from qjax.stats._measure import measure
 from qjax.stats._observe import observe, probes
@@ -19,6 +20,7 @@ __all__ = [
     "growth",
     "inspect",
     "measure",
+    "measure_file",
     "observe",
     "plot_exponents",
     "plot_growth",
