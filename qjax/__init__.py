@@ -6,6 +6,7 @@ from qjax._chop import chop
 from qjax._coverage import Coverage
 from qjax._dot import conv_general_dilated, dot_general
 from qjax._encode import QTensor, decode, encode
+from qjax._faults import Faults
 from qjax._hadamard import Hadamard
 from qjax._modes import Rounding
 from qjax._program import coverage, einsum, quantize, quantize_state
@@ -20,6 +21,7 @@ __all__ = [
     "Accumulator",
     "Clipped",
     "Coverage",
+    "Faults",
     "Gemm",
     "Hadamard",
     "QTensor",

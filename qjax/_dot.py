@@ -11,7 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array
 
-from qjax._encode import QTensor, decode, encode
+from qjax._encode import QTensor, decode
 from qjax._jaxpr import is_literal
 from qjax._operand import Operand, restored, stored
 from qjax._product import axes_of, product, rotated, swapped
@@ -218,7 +218,7 @@ def _product_forward(static: Static, lhs, rhs, key, state):
             saved = stored(operand)
         elif isinstance(save, Quantizer):
             number = jax.random.fold_in(key, 18 + place) if save.is_stochastic else None
-            saved = encode(x, save.fmt, save.rounding, key=number, saturate=save.saturate)
+            saved, _ = save.encode(x, key=number)
         else:
             saved = x
         residuals.append((saved, operand.slope))

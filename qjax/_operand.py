@@ -11,6 +11,7 @@ from jax import lax
 from qjax import _carrier
 from qjax._blocks import blocks_of
 from qjax._chop import random
+from qjax._encode import decode
 from qjax._modes import max_random_bits
 from qjax._quantizer import Quantizer, StraightThrough, derivative
 from qjax._scaled import Mode, multiply, quantize, quantize_apart
@@ -115,7 +116,7 @@ def quantized(
     wide = _carrier.widen(rows)
     bits = max_random_bits(quantizer.rounding, jnp.finfo(wide.dtype).bits)
     mode = Mode(fmt, quantizer.rounding, axis, quantizer.saturate, wide.dtype)
-    options = {"scale": scale, "random": random(wide, key, None, bits)}
+    options = {"scale": scale, "random": random(wide, quantizer.keys(key)[0], None, bits)}
 
     def operand(elements, value, **parts) -> Operand:
         slope = None
@@ -123,6 +124,10 @@ def quantized(
             slope = _back(derivative(quantizer, wide, value, axis, scale), x, axes, straight)
         return Operand(_back(elements, x, axes, straight), **parts, slope=slope)
 
+    if quantizer.faults is not None:
+        # Codes with faults stand for any value, which no narrow dtype is known to hold.
+        value = decode(quantizer.encode(wide, axis=axis, key=key, scale=scale)[0])
+        return operand(value, value)
     if isinstance(fmt, Scaled):
         blocks = blocks_of(fmt, rows.shape, axis)
         constant = all(blocks.counts[a] == 1 for a in (axes.contract if straight else (-1,)))
