@@ -5,18 +5,23 @@ from qjax.stats._growth import growth
 from qjax.stats._measure import measure
 from qjax.stats._observe import observe, probes
 from qjax.stats._plots import plot_exponents, plot_growth, plot_heat_map
+from qjax.stats._ranges import calibrate
 from qjax.stats._report import Report, inspect, report
 from qjax.stats._stats import COUNTS, Stats, total
+from qjax.stats._suggest import Choice, Suggestion, suggest
 from qjax.stats._watch import JsonLines, TensorBoard, Wandb, Watch, scalars
 
 __all__ = [
     "COUNTS",
+    "Choice",
     "JsonLines",
     "Report",
     "Stats",
+    "Suggestion",
     "TensorBoard",
     "Wandb",
     "Watch",
+    "calibrate",
     "growth",
     "inspect",
     "measure",
@@ -28,5 +33,6 @@ __all__ = [
     "probes",
     "report",
     "scalars",
+    "suggest",
     "total",
 ]

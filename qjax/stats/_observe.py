@@ -60,7 +60,7 @@ def probes_of(
         found.append(planned.probes)
         return planned.program.output([jnp.zeros(x.shape, x.dtype) for x in planned.program.jaxpr.out_avals])
 
-    _through(fn, *copied(args, kwargs), run)
+    through(fn, *copied(args, kwargs), run)
     return found[0]
 
 
@@ -129,7 +129,7 @@ def observe(
             jaxpr = p.program.jaxpr
             return p.program.output(_jaxpr.evaluate(jaxpr.jaxpr, jaxpr.consts, p.plan, p.program.arrays, key, probes))
 
-        return _through(fn, args, kwargs, run)
+        return through(fn, args, kwargs, run)
 
     return observed
 
@@ -141,7 +141,7 @@ def rule_of(caller: str, what: What) -> Checked:
     return checked(caller, what)
 
 
-def _through(fn: Callable, args: tuple, kwargs: dict[str, Any], run: Callable) -> Any:
+def through(fn: Callable, args: tuple, kwargs: dict[str, Any], run: Callable) -> Any:
     """Returns ``fn(*args, **kwargs)`` by way of ``run(pure, *args, **kwargs)``, operations named by Flax's modules."""
     with contextlib.ExitStack() as stack:
         if "flax.linen" in sys.modules:
