@@ -1,18 +1,18 @@
 # %% [markdown]
 # # An ODE and conjugate gradients in 8 to 16 bits: who needs stochastic rounding?
 #
-# **Question.** One linear system, solved twice: as the steady state of an ODE in thousands of small explicit steps, and by
-# the method of conjugate gradients. Every operation is rounded to a short format. What does stochastic rounding change
-# in each, and do the digits that stochastic runs have in common tell how many are right?
+# **Question.** One linear system, solved twice: as the steady state of an ODE in hundreds of small explicit steps, and
+# by the method of conjugate gradients. Every operation is rounded to a short format. What does stochastic rounding
+# change in each, and do the digits that stochastic runs have in common tell how many are right?
 #
 # **Method.** Both programs are plain JAX, run by `qjax.emulate` in six formats, to nearest and stochastically, and by
 # `qjax.significant_digits`. The system is the DC power flow of the IEEE 30-bus grid.
 #
 # **Sources.** Hopkins, Mikaitis, Lester and Furber (2020), *Stochastic rounding and reduced-precision fixed-point
-# arithmetic for solving neural ordinary differential equations*, <https://arxiv.org/abs/1904.11263>, and Croci and Giles
-# (2023), *Effects of round-to-nearest and stochastic rounding in the numerical solution of the heat equation in low
-# precision*, <https://arxiv.org/abs/2010.16225>: to nearest, an ODE solver in small steps stagnates; stochastically it
-# does not. Connolly, Higham and Mary (2021), *Stochastic rounding and its probabilistic backward error analysis*,
+# arithmetic for solving neural ordinary differential equations*, <https://arxiv.org/abs/1904.11263>, and Croci and
+# Giles (2023), *Effects of round-to-nearest and stochastic rounding in the numerical solution of the heat equation in
+# low precision*, <https://arxiv.org/abs/2010.16225>: to nearest, an ODE solver in small steps stagnates; stochastically
+# it does not. Connolly, Higham and Mary (2021), *Stochastic rounding and its probabilistic backward error analysis*,
 # <https://doi.org/10.1137/20M1334796>: errors that are independent on average. Vignes (1993),
 # <https://doi.org/10.1016/0378-4754(93)90003-D>: significant digits from a few random runs (CESTAC).
 
@@ -58,7 +58,7 @@ KEY = jax.random.key(0)
 
 # %%
 def power_grid(case):
-    """Returns the lines, (2, lines), their susceptances, and the power fed into each node but the reference, the last."""
+    """Returns the two nodes of each line, the susceptances, and the power of each node but the last, the reference."""
     grid = ext2int(case())
     bus, branches, generators = grid["bus"], grid["branch"], grid["gen"]
     power = -bus[:, 2]
@@ -250,9 +250,7 @@ for name in PROGRAMS:
         print(f"{name + ', ' + way:18}{np.median(claimed):16.2f}{np.median(right):8.2f}{held[name, way]:20.0%}")
     right = right_digits(runs[name, "bf16"][0][-1], truth)
     overclaimed[name] = (right < np.median(claims[name, "stochastic"][0], 0)).mean()
-    print(
-        f"{name + ', nearest':18}{'':16}{np.median(right):8.2f}{1 - overclaimed[name]:20.0%}  (the claims of 'stochastic')"
-    )
+    print(f"{name + ', nearest':18}{'':16}{np.median(right):8.2f}{1 - overclaimed[name]:20.0%}  ('stochastic')")
 
 # %%
 COLORS, GREY = {"ODE": "#d55e00", "CG": "#0072b2"}, "0.35"
@@ -318,9 +316,9 @@ figure.savefig(path, dpi=150)
 # $\kappa u$. Stochastically the expected increment is the exact one, and what is left of the noise is about u: in bf16
 # 60 times less. In 8 bits the result is one digit, where to nearest there is none.
 #
-# **Conjugate gradients do not.** In a few steps, each as large as the error, nothing is too small to be added. The
-# error is as large as that of independent roundings in any case, and stochastic ones are up to twice as large as those
-# to nearest: CG is as good to nearest or better, by a factor of up to three. In 8 bits neither converges.
+# **Conjugate gradients do not.** In a few large steps nothing is too small to be added. A stochastic rounding is off by
+# up to a whole spacing, one to nearest by half of it, and that is all that is left: CG to nearest is as good or better,
+# by a factor of up to three. In 8 bits it fails either way.
 #
 # **Digits in common are digits that are right, for stochastic runs.** Three runs claim digits at 95 % and keep it, in
 # the linear ODE and in CG, which is not linear. Rounding up or down with even odds (CESTAC's way) claims fewer digits,
