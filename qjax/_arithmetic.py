@@ -167,13 +167,11 @@ def _constant(value, dtype, fmt: Format):
     return rounded(jnp.asarray(value, dtype), quantizer)
 
 
-def constants(eqn, operands, quantizer: Quantizer | None):
+def constants(eqn, operands, quantizer: Quantizer):
     """Returns the operands of an equation, the constants among them rounded."""
-    if quantizer is None:
-        return operands
     return [
         constant(complex(x) if np.iscomplexobj(x) else float(x), v.aval.dtype, quantizer.fmt)
-        if is_literal(v) and is_inexact(v) and np.ndim(x) == 0
+        if is_literal(v) and is_inexact(v)
         else x
         for v, x in zip(eqn.invars, operands, strict=True)
     ]
@@ -185,13 +183,13 @@ class Rounded:
     """An equation followed by a rounding, in the place of the equation.
 
     Attributes:
-      quantizer: what its results are rounded by, None to leave them.
+      quantizer: what its results are rounded by.
       sums: one of ``_sums.ORDERS``.
       recipe: what the operands of a product are rounded by.
       kind: what ``kind`` says of it.
     """
 
-    quantizer: Quantizer | None
+    quantizer: Quantizer
     sums: str = "once"
     recipe: Recipe | None = None
     kind: str = "rounded"
@@ -199,53 +197,35 @@ class Rounded:
 
     def __call__(self, eqn, operands, key, state):
         operands = constants(eqn, operands, self.quantizer)
-        primitive, params = eqn.primitive, eqn.primitive.get_bind_params(eqn.params)
+        name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
         if self.recipe is not None:
-            out = self._product(eqn, operands, _folded(key, 1))
-        elif self.quantizer is None or self.kind == "moved":
-            out = primitive.bind(*operands, **params)
-            if self.quantizer is None or primitive.name not in SIGNED or _is_symmetric(self.quantizer.fmt):
-                return out
-        elif self.sums != "once" and primitive.name in ORDERED:
+            return rounded(self._product(eqn, operands, _folded(key, 1)), self.quantizer, key)
+        if self.sums != "once" and name in ORDERED:
             return self._sum(eqn, operands, key)
-        elif primitive.name in COMPOSED:
+        if name in COMPOSED:
             return self._composed(eqn, operands, key)
-        else:
-            if primitive.name in ("dot_general", "conv_general_dilated"):
-                params |= _precise(params, self.quantizer.fmt, operands)
-            return self._rounded(eqn, operands, params, key)
-        if primitive.multiple_results:
-            return [rounded(x, self.quantizer, _folded(key, i)) for i, x in enumerate(out)]
-        return rounded(out, self.quantizer, key)
-
-    def _rounded(self, eqn, operands, params, key):
-        assert self.quantizer is not None
-        primitive, dtype = eqn.primitive, eqn.outvars[0].aval.dtype
-        if self._is_direct(dtype):
-            out = primitive.bind(*operands, **params)
-            if primitive.multiple_results:
-                return [rounded(x, self.quantizer, _folded(key, i)) for i, x in enumerate(out)]
-            return rounded(out, self.quantizer, key)
-        if primitive.name in TO_ODD:
-            return self._binary(primitive.name, operands, key)
-        if primitive.name == "convert_element_type" and not is_inexact(eqn.invars[0]):
-            wide = operands[0].astype(np.uint8) if operands[0].dtype == bool else operands[0]
-            out = _to_odd.from_integer(wide, np.dtype(np.float64 if dtype == np.float64 else np.float32))
-            return rounded(out, self.quantizer, key).astype(dtype)
-        out = primitive.bind(*operands, **params)
-        if primitive.multiple_results:
+        if name in TO_ODD and not self._is_direct(dtype):
+            return self._binary(name, operands, key)
+        if name == "convert_element_type" and _is_longer(operands[0].dtype, dtype):
+            wide = _to_odd.from_integer(operands[0], np.dtype(np.float64 if dtype == np.float64 else np.float32))
+            return rounded(wide, self.quantizer, key).astype(dtype)
+        params = eqn.primitive.get_bind_params(eqn.params)
+        if name in ("dot_general", "conv_general_dilated") and params["precision"] is None and dtype == np.float32:
+            params |= {"precision": (lax.Precision.HIGHEST,) * 2}  # some devices would multiply with fewer bits
+        out = eqn.primitive.bind(*operands, **params)
+        if self.kind == "moved" and (name not in SIGNED or _is_symmetric(self.quantizer.fmt)):
+            return out
+        if eqn.primitive.multiple_results:
             return [rounded(x, self.quantizer, _folded(key, i)) for i, x in enumerate(out)]
         return rounded(out, self.quantizer, key)
 
     def _is_direct(self, dtype) -> bool:
         """Returns whether the result to nearest of the dtype rounds as the exact one does."""
-        assert self.quantizer is not None
         nearest = self.quantizer.rounding in _NEAREST
         return nearest or not jnp.issubdtype(dtype, jnp.floating) or contains(self.quantizer.fmt, dtype)
 
     def _binary(self, name: str, operands, key=None):
         """Returns the rounded result of an operation that ``TO_ODD`` has."""
-        assert self.quantizer is not None
         dtype = operands[0].dtype
         if self._is_direct(dtype):
             return rounded(_PLAIN[name](*operands), self.quantizer, key)
@@ -320,11 +300,9 @@ def _is_symmetric(fmt: Format) -> bool:
     return False
 
 
-def _precise(params: dict, fmt: Format, operands) -> dict:
-    """Returns the options that keep a product of float32 from being computed with fewer bits, as some devices do."""
-    if params["precision"] is None and any(x.dtype == np.float32 for x in operands):
-        return {"precision": (lax.Precision.HIGHEST,) * 2}
-    return {}
+def _is_longer(dtype, other) -> bool:
+    """Returns whether integers of a dtype have more bits than a float dtype holds."""
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits > jnp.finfo(other).nmant + 1
 
 
 def _folded(key: Key | None, number: int) -> Key | None:

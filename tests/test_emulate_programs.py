@@ -245,6 +245,13 @@ def test_integers_and_booleans_are_untouched():
     np.testing.assert_array_equal(found[3], [448] * 3)
 
 
+def test_long_integers_are_rounded_once():
+    # Half way between two numbers of bf16, and one more: float32 has only the half.
+    n = jnp.asarray([2**24 + 2**16, 2**24 + 2**16 + 1, -(2**30) - 2**22 - 1, 2**31 - 1], jnp.int32)
+    found = emulate(lambda n: n.astype(jnp.float32), "bf16")(n)
+    np.testing.assert_array_equal(found, [2.0**24, 2.0**24 + 2.0**17, -(2.0**30) - 2.0**23, 2.0**31])
+
+
 def test_asymmetric_formats_round_signs():
     low = jnp.asarray([-128.0], jnp.float32)
     fixed = qjax.Fixed(8)
@@ -336,6 +343,11 @@ REFUSED = [
     ),
     (lambda: emulate(jnp.exp, "fp16", rules={"(": None}), ValueError, "pattern '[(]' is not a regular expression"),
     (lambda: emulate(jnp.exp, "fp16", rules={"exp": 3}), TypeError, r"rules\['exp'\] must be a format, a Quantizer"),
+    (
+        lambda: emulate(jnp.exp, "fp16", rules={"argument": jnp.exp}),
+        TypeError,
+        r"rules\['argument'\] must be a format, a",
+    ),
     (lambda: emulate(jnp.exp, "fp16", rules={"exp": qjax.Recipe()})(X), TypeError, "is a Recipe, for products alone"),
     (
         lambda: emulate(lambda x: x.at[jnp.array([0, 0])].add(1.0), "fp16", sums="pairwise")(X),
