@@ -41,6 +41,7 @@ bench: $(VENV)/bench.installed
 	$(RUN) benchmarks/train_step.py
 	$(RUN) benchmarks/optimizer_step.py
 	$(RUN) benchmarks/laws.py
+	$(RUN) benchmarks/emulate.py
 	$(RUN) benchmarks/watch.py
 
 docs: $(VENV)/docs.installed

@@ -138,6 +138,7 @@ left.set(
     xlabel="bit (7 is the sign)",
     ylabel="points of accuracy lost",
     title=f"(a) {100 * RATE:.0f} % of one bit of all weights flipped",
+    ylim=(0, 110),
     xticks=range(8),
 )
 right.axhline(100 * clean, color="0.35", lw=1, ls=":", label="float32, intact")
@@ -147,12 +148,13 @@ right.set_ylim(0, 103)
 left.annotate(
     "the largest weights become\nNaN or infinity",
     (2.1, 62),
-    (-0.3, 76),
+    (-0.4, 96),
     fontsize=9,
     arrowprops=dict(arrowstyle="-", color="0.5"),
 )
+left.legend(frameon=False, fontsize=8.5, loc="upper right")
+right.legend(frameon=False, fontsize=8.5, loc="center", bbox_to_anchor=(0.43, 0.45))
 for axes in (left, right):
-    axes.legend(frameon=False, fontsize=8.5, loc="upper right" if axes is left else "lower left")
     axes.spines[["top", "right"]].set_visible(False)
 path = FIGURES / "17_bit_flips.png"
 path.parent.mkdir(exist_ok=True)

@@ -5,13 +5,16 @@ from qjax._accumulator import Accumulator
 from qjax._chop import chop
 from qjax._coverage import Coverage
 from qjax._dot import conv_general_dilated, dot_general
+from qjax._emulate import emulate
 from qjax._encode import QTensor, decode, encode
 from qjax._faults import Faults
 from qjax._hadamard import Hadamard
 from qjax._modes import Rounding
+from qjax._operations import Operations, operations
 from qjax._program import coverage, einsum, quantize, quantize_state
 from qjax._quantizer import Clipped, Quantizer, StraightThrough, TrustMasked
 from qjax._recipe import Gemm, Recipe
+from qjax._significance import Significant, significant_digits
 from qjax._sites import Site
 from qjax.formats import *  # noqa: F403
 
@@ -24,10 +27,12 @@ __all__ = [
     "Faults",
     "Gemm",
     "Hadamard",
+    "Operations",
     "QTensor",
     "Quantizer",
     "Recipe",
     "Rounding",
+    "Significant",
     "Site",
     "StraightThrough",
     "TrustMasked",
@@ -37,10 +42,13 @@ __all__ = [
     "decode",
     "dot_general",
     "einsum",
+    "emulate",
     "encode",
     "formats",
+    "operations",
     "quantize",
     "quantize_state",
     "recipes",
+    "significant_digits",
 ]
 __all__ += formats.__all__

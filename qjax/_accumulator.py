@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import _carrier, _modes, _random, _rounding
+from qjax import _carrier, _modes, _random, _rounding, _to_odd
 from qjax._chop import RoundingLike, _rounding_named
 from qjax._modes import Rounding
 from qjax.formats import Fixed, Float, Format, format
@@ -181,22 +181,10 @@ def _float_register(accumulator: Accumulator):
         if key is not None:
             bits = _modes.max_random_bits(accumulator.rounding, 32)
             words = _modes.Random(_random.random_words(key, part.shape, bits, 32), bits)
-        total = _sum_to_odd(register, part)
+        total = _to_odd.add(register, part)
         return _rounding.round_to(total, fmt, accumulator.rounding, random=words, saturate=accumulator.saturate)
 
     return (lambda shape: jnp.zeros(shape, jnp.float32)), add
-
-
-def _sum_to_odd(a, b):
-    """Returns a + b rounded to odd, of which any shorter rounding is that of the exact sum."""
-    total = a + b
-    part = total - a
-    error = (a - (total - part)) + (b - part)
-    c = _carrier.carrier(total.dtype)
-    bits = _carrier.to_bits(total, c).astype(c.int)
-    inexact = (error > 0) | (error < 0)
-    away = jnp.where((error > 0) == (bits >= 0), 1, -1)
-    return _carrier.from_bits(jnp.where(inexact & (bits & 1 == 0), bits + away, bits).astype(c.uint), c)
 
 
 def _integer_register(accumulator: Accumulator):

@@ -12,15 +12,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax import _random
+
 if TYPE_CHECKING:
     from jax.extend import core
 
 Plan = tuple[tuple[int, Any], ...]
 """What replaces the equations of a jaxpr: (position, replacement) pairs, hashable.
 
-A replacement is a hashable callable ``(equation, operands, key, state) -> outputs`` with a ``name``, that of its entry
-in the state or ""; or for an equation with jaxprs of its own a tuple of (name of the parameter, the plan of each).
+A replacement is a hashable callable ``(equation, operands, Key or None, state) -> outputs`` with a ``name``, that of
+its entry in the state or ""; or an ``Enter``.
 """
+
+
+class Key(NamedTuple):
+    """The key of a replacement.
+
+    Attributes:
+      key: a PRNG key.
+      words: eight words that are drawn from it, or None.
+    """
+
+    key: Any
+    words: Any = None
+
+    def folded(self, number) -> "Key":
+        """Returns a key made of it and a number."""
+        return Key(jax.random.fold_in(self.key, number))
+
+    def whitened(self) -> Any:
+        """Returns what ``chop`` takes for a key, of which the words are drawn already if they are there."""
+        return self.key if self.words is None else _random.Whitened(self.words)
+
+
+class Enter(NamedTuple):
+    """What replaces an equation with jaxprs of its own: itself, with these replaced.
+
+    Attributes:
+      plans: (name of the parameter, the plan of each of its jaxprs) pairs; ``plan`` fills them in.
+      before: None, or a hashable callable (equation, operands) -> operands.
+      run: None, or a hashable callable (equation, plans, operands, key) -> outputs, in the place of the usual one.
+    """
+
+    plans: tuple[tuple[str, tuple[Plan, ...]], ...] = ()
+    before: Callable | None = None
+    run: Callable | None = None
 
 
 class Program(NamedTuple):
@@ -91,7 +127,7 @@ def plan(jaxpr: "core.Jaxpr", choose: Callable[[Any, Place], Hashable | None], p
     """Returns what ``choose(equation, place)`` answers for each equation, however deep, in the order of the program.
 
     Args:
-      choose: returns a replacement, ``KEEP``, or None, to be asked about the jaxprs in the equation.
+      choose: returns a replacement, ``KEEP``, or None or an ``Enter``, to be asked about the jaxprs in the equation.
     """
     found: list[tuple[int, Any]] = []
     for i, eqn in enumerate(jaxpr.eqns):
@@ -102,19 +138,20 @@ def plan(jaxpr: "core.Jaxpr", choose: Callable[[Any, Place], Hashable | None], p
             gradient=place.gradient or any(s.name == "transpose" for s in stack if type(s).__name__ == "Transform"),
         )
         answer = choose(eqn, here)
-        if answer is not None:
+        if answer is not None and not isinstance(answer, Enter):
             if answer is not KEEP:
                 found.append((i, answer))
             continue
+        enter = answer or Enter()
         within = here._replace(
             steps=here.steps + ((eqn.params["length"],) if name == "scan" else ()),
             unsteady=here.unsteady or (name if name in ("while", "cond", "shard_map") else ""),
-            inside=here.inside or ("" if name in _ENTER else name),
+            inside=here.inside or ("" if name in ENTER or enter.run else name),
             position=(*here.position, i),
         )
-        plans = [(param, tuple(plan(b, choose, within) for b in bodies)) for param, bodies in jaxprs_of(eqn)]
-        if any(any(p) for _, p in plans):
-            found.append((i, tuple(plans)))
+        plans = tuple((param, tuple(plan(b, choose, within) for b in bodies)) for param, bodies in jaxprs_of(eqn))
+        if enter.before is not None or any(any(p) for _, p in plans):
+            found.append((i, enter._replace(plans=plans)))
     return tuple(found)
 
 
@@ -155,6 +192,10 @@ def evaluate(
         return atom.val if is_literal(atom) else env[atom]
 
     numbered = {position: (number, replacement) for number, (position, replacement) in enumerate(plan)}
+    keys = words = None
+    if key is not None:  # All at once: each by itself takes as long to compile as the rounding.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(plan), dtype=jnp.uint32))
+        words = jax.vmap(functools.partial(_random.key_words, count=8))(keys)
     for i, eqn in enumerate(jaxpr.eqns):
         operands = [read(v) for v in eqn.invars]
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
@@ -163,31 +204,38 @@ def evaluate(
                 out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
             else:
                 number, replacement = numbered[i]
-                own = None if key is None else jax.random.fold_in(key, number)
-                if isinstance(replacement, tuple):
-                    out = _ENTER[eqn.primitive.name](eqn.params, dict(replacement), operands, own, state)
+                own = None if keys is None or words is None else Key(keys[number], words[number])
+                if isinstance(replacement, Enter):
+                    if replacement.before is not None:
+                        operands = replacement.before(eqn, operands)
+                    plans = dict(replacement.plans)
+                    if replacement.run is not None:
+                        out = replacement.run(eqn, plans, operands, own and own.key)
+                    else:
+                        out = ENTER[eqn.primitive.name](eqn.params, plans, operands, own and own.key, state)
                 else:
                     out = replacement(eqn, operands, _shard_key(own, eqn), state and state.get(replacement.name))
         env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _run(closed: Any, plan: Plan, args: Sequence[Any], key, state=None) -> list[Any]:
+def run(closed: Any, plan: Plan, args: Sequence[Any], key, state=None) -> list[Any]:
+    """Returns what ``evaluate`` does for a jaxpr, closed or not."""
     jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
     return evaluate(jaxpr, consts, plan, args, key, state)
 
 
 def _names(plan: Plan) -> set[str]:
     """Returns the names of the replacements in a plan, however deep."""
-    inner = [p for _, r in plan if isinstance(r, tuple) for _, plans in r for p in plans]
-    return {r.name for _, r in plan if not isinstance(r, tuple)}.union(*map(_names, inner))
+    inner = [p for _, r in plan if isinstance(r, Enter) for _, plans in r.plans for p in plans]
+    return {r.name for _, r in plan if not isinstance(r, Enter)}.union(*map(_names, inner))
 
 
-def _shard_key(key, eqn):
+def _shard_key(key: Key | None, eqn) -> Key | None:
     """Returns a key of its own for each shard, along the axes that the operands vary over."""
     if key is not None:
         for axis in sorted(set().union(*(_varying(v.aval) for v in eqn.invars))):
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+            key = key.folded(jax.lax.axis_index(axis))
     return key
 
 
@@ -198,7 +246,7 @@ def _varying(aval) -> frozenset[str]:
 
 def _call(params, plans, args, key, state):
     (name, (body,)) = next(iter(plans.items()))
-    return _run(params[name], body, args, key, state)
+    return run(params[name], body, args, key, state)
 
 
 def _jit(params, plans, args, key, state):
@@ -211,7 +259,7 @@ def _jit(params, plans, args, key, state):
 @functools.lru_cache(maxsize=512)
 def _jitted(jaxpr: "core.ClosedJaxpr", plan: Plan, settings: tuple):
     def fn(key, state, *args):
-        return tuple(_run(jaxpr, plan, args, key, state))
+        return tuple(run(jaxpr, plan, args, key, state))
 
     s = dict(settings)
     fn.__name__ = fn.__qualname__ = s["name"]
@@ -237,7 +285,7 @@ def _is_specified(sharding) -> bool:
 def _remat(params, plans, args, key, state):
     cse = params["prevent_cse"]
     fn = jax.checkpoint(
-        lambda key, state, *args: _run(params["jaxpr"], plans["jaxpr"][0], args, key, state),
+        lambda key, state, *args: run(params["jaxpr"], plans["jaxpr"][0], args, key, state),
         prevent_cse=cse if isinstance(cse, bool) else (False, *cse),
         policy=params["policy"],
     )
@@ -256,7 +304,7 @@ def _scan(params, plans, args, key, state):
     def body(carry, x):
         step, state, x = x
         own = None if key is None else jax.random.fold_in(key, step)
-        out = _run(params["jaxpr"], plans["jaxpr"][0], [*consts, *carry, *x], own, state)
+        out = run(params["jaxpr"], plans["jaxpr"][0], [*consts, *carry, *x], own, state)
         return out[: len(init)], out[len(init) :]
 
     options = {name: params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in params}
@@ -268,16 +316,16 @@ def _while(params, plans, args, key, state):
     of_cond, of_body = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
     step = None if key is None else jnp.uint32(0)
 
-    def run(name, number, consts, state):
+    def part(name, number, consts, state):
         step, carry = state
         own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, number), step)
-        return _run(params[name], plans[name][0], [*consts, *carry], own)
+        return run(params[name], plans[name][0], [*consts, *carry], own)
 
     def cond(state):
-        return run("cond_jaxpr", 0, args[:of_cond], state)[0]
+        return part("cond_jaxpr", 0, args[:of_cond], state)[0]
 
     def body(state):
-        carry = run("body_jaxpr", 1, args[of_cond:of_body], state)
+        carry = part("body_jaxpr", 1, args[of_cond:of_body], state)
         return None if key is None else state[0] + jnp.uint32(1), carry
 
     return jax.lax.while_loop(cond, body, (step, args[of_body:]))[1]
@@ -286,7 +334,7 @@ def _while(params, plans, args, key, state):
 def _cond(params, plans, args, key, state):
     index, *operands = args
     branches = [
-        functools.partial(lambda branch, plan, *args: _run(branch, plan, args, key), branch, plan)
+        functools.partial(lambda branch, plan, *args: run(branch, plan, args, key), branch, plan)
         for branch, plan in zip(params["branches"], plans["branches"], strict=True)
     ]
     return jax.lax.switch(index, branches, *operands)
@@ -299,7 +347,7 @@ def _shard_map(params, plans, args, key, state):
         if key is not None and not params["check_vma"]:  # then no operand says what it varies over
             for axis in sorted(axes):
                 key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        return tuple(_run(params["jaxpr"], plans["jaxpr"][0], args, key))
+        return tuple(run(params["jaxpr"], plans["jaxpr"][0], args, key))
 
     return jax.shard_map(
         fn,
@@ -311,7 +359,7 @@ def _shard_map(params, plans, args, key, state):
     )(key, *args)
 
 
-_ENTER: dict[str, Callable[..., Any]] = {
+ENTER: dict[str, Callable[..., Any]] = {
     "jit": _jit,
     "pjit": _jit,
     "closed_call": _call,

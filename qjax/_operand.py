@@ -165,6 +165,20 @@ def _levels(fmt: Format) -> list[Scaled]:
     return [fmt, *_levels(fmt.element)] if isinstance(fmt, Scaled) else []
 
 
+def windows(x, axis: int, window: int, stride: int, dilation: int):
+    """Returns x with an axis split in two, the positions of a window and the places within it."""
+    positions = max((x.shape[axis] - dilation * (window - 1) - 1) // stride + 1, 0)
+    if positions == 0:
+        return jnp.zeros((*x.shape[:axis], 0, window, *x.shape[axis + 1 :]), x.dtype)
+    # The fewer slices: those of one place each, or those of one position each. A gather is some ten times slower.
+    by_place = window <= positions
+    number, apart, length, step = (
+        (window, dilation, positions, stride) if by_place else (positions, stride, window, dilation)
+    )
+    slices = [lax.slice_in_dim(x, i * apart, i * apart + step * (length - 1) + 1, step, axis) for i in range(number)]
+    return jnp.stack(slices, axis + 1 if by_place else axis)
+
+
 class Extent(NamedTuple):
     """What bounds the values of a format: their significant bits, and the exponent of the lowest bit if it is known."""
 

@@ -224,44 +224,51 @@ def _fractions(operands: list[Operand]) -> tuple[int, int] | None:
 
 
 def _accumulated_dot(equation, accumulator: Accumulator, operands: list[Operand], axes, key):
-    batch = [equation.invars[0].aval.shape[a] for a in axes[0].batch]
-    free = [[v.aval.shape[a] for a in w.free] for v, w in zip(equation.invars, axes, strict=True)]
-    rows, scales = [], []
-    for o, w, mine in zip(operands, axes, free, strict=True):
-        x = _operand.to_rows(o.elements.astype(np.float32), w)
-        rows.append(x.reshape(math.prod(batch), math.prod(mine), x.shape[-1]))
-        scales.append(None if o.segments is None else o.segments.reshape(*rows[-1].shape[:2], -1))
+    lhs, rhs = (o.elements.astype(np.float32) for o in operands)
+    x, y, output = dot_rows(equation, lhs, rhs)
+    scales = [
+        None if o.segments is None else o.segments.reshape(*rows.shape[:2], -1)
+        for o, rows in zip(operands, (x, y), strict=True)
+    ]
     if any(s is not None for s in scales):
         count = next(s.shape[-1] for s in scales if s is not None)
         scales = [
-            jnp.ones((*r.shape[:2], count), np.float32) if s is None else s for r, s in zip(rows, scales, strict=True)
+            jnp.ones((*rows.shape[:2], count), np.float32) if s is None else s
+            for rows, s in zip((x, y), scales, strict=True)
         ]
-    out = accumulate(
-        rows[0],
-        rows[1],
-        accumulator,
-        key=key,
-        scales=None if scales[0] is None else tuple(scales),
-        fractions=_fractions(operands),
-    )
-    return out.reshape(*batch, *free[0], *free[1])
+    given = None if scales[0] is None else tuple(scales)
+    return output(accumulate(x, y, accumulator, key=key, scales=given, fractions=_fractions(operands)))
+
+
+def dot_rows(equation, lhs, rhs):
+    """Returns the operands of a ``dot_general`` as (b, m, k) and (b, n, k), and what brings (b, m, n) to its result."""
+    axes = axes_of(equation)
+    batch = [lhs.shape[a] for a in axes[0].batch]
+    free = [[x.shape[a] for a in w.free] for x, w in zip((lhs, rhs), axes, strict=True)]
+    rows = []
+    for x, w, mine in zip((lhs, rhs), axes, free, strict=True):
+        depth = math.prod(x.shape[a] for a in w.contract)
+        rows.append(_operand.to_rows(x, w).reshape(math.prod(batch), math.prod(mine), depth))
+    return *rows, lambda out: out.reshape(*batch, *free[0], *free[1])
 
 
 def _accumulated_conv(equation, accumulator: Accumulator, operands: list[Operand], axes, key):
-    """The convolution as a product of patches and kernels."""
+    rows, kernels, output = conv_rows(equation, *(o.elements.astype(np.float32) for o in operands))
+    return output(accumulate(rows, kernels, accumulator, key=key, fractions=_fractions(operands)))
+
+
+def conv_rows(equation, lhs, rhs):
+    """Returns patches (b, m, k) and kernels (b, n, k) of a convolution, and what brings (b, m, n) to its result."""
     p, numbers = equation.params, equation.params["dimension_numbers"]
-    x = lax.transpose(operands[0].elements.astype(np.float32), numbers.lhs_spec)
-    kernel = lax.transpose(operands[1].elements.astype(np.float32), numbers.rhs_spec)
+    x, kernel = lax.transpose(lhs, numbers.lhs_spec), lax.transpose(rhs, numbers.rhs_spec)
     padding = [(0, 0, 0), (0, 0, 0)]
     padding += [(low, high, d - 1) for (low, high), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
-    x = lax.pad(x, np.float32(0), padding)
-    windows = kernel.shape[2:]
-    for place, (window, stride, dilation) in enumerate(
-        zip(windows, p["window_strides"], p["rhs_dilation"], strict=True)
-    ):
-        x = _windows(x, 2 + 2 * place, window, stride, dilation)
+    x = lax.pad(x, x.dtype.type(0), padding)
+    sizes = kernel.shape[2:]
+    for place, (window, stride, dilation) in enumerate(zip(sizes, p["window_strides"], p["rhs_dilation"], strict=True)):
+        x = _operand.windows(x, 2 + 2 * place, window, stride, dilation)
     # (batch, features, position, window, position, window ...) to (groups, batch and positions, features and windows).
-    spatial = len(windows)
+    spatial = len(sizes)
     groups, batch_groups = p["feature_group_count"], p["batch_group_count"]
     count = groups * batch_groups
     n, features = x.shape[:2]
@@ -272,21 +279,10 @@ def _accumulated_conv(equation, accumulator: Accumulator, operands: list[Operand
     rows = lax.transpose(x, (0, 2, 1, *place, 3, *window))
     rows = rows.reshape(count, n // batch_groups * math.prod(positions), depth)
     kernels = kernel.reshape(count, kernel.shape[0] // count, depth)
-    out = accumulate(rows, kernels, accumulator, key=key, fractions=_fractions(operands))
-    out = out.reshape(count, n // batch_groups, *positions, kernels.shape[1])
-    out = jnp.moveaxis(out, (0, -1), (1, 2)).reshape(n // batch_groups, kernel.shape[0], *positions)
-    return lax.transpose(out, np.argsort(numbers.out_spec).tolist())
 
+    def output(out):
+        out = out.reshape(count, n // batch_groups, *positions, kernels.shape[1])
+        out = jnp.moveaxis(out, (0, -1), (1, 2)).reshape(n // batch_groups, kernel.shape[0], *positions)
+        return lax.transpose(out, np.argsort(numbers.out_spec).tolist())
 
-def _windows(x, axis: int, window: int, stride: int, dilation: int):
-    """Returns x with an axis split in two, the positions of a window and the places within it."""
-    positions = max((x.shape[axis] - dilation * (window - 1) - 1) // stride + 1, 0)
-    if positions == 0:
-        return jnp.zeros((*x.shape[:axis], 0, window, *x.shape[axis + 1 :]), x.dtype)
-    # The fewer slices: those of one place each, or those of one position each. A gather is some ten times slower.
-    by_place = window <= positions
-    number, apart, length, step = (
-        (window, dilation, positions, stride) if by_place else (positions, stride, window, dilation)
-    )
-    slices = [lax.slice_in_dim(x, i * apart, i * apart + step * (length - 1) + 1, step, axis) for i in range(number)]
-    return jnp.stack(slices, axis + 1 if by_place else axis)
+    return rows, kernels, output

@@ -248,7 +248,7 @@ class _Replacement:
     def __call__(self, eqn, operands, key, state):
         operation = getattr(_dot, eqn.primitive.name)
         options = {name: value for name, value in eqn.params.items() if value is not None}
-        options |= {"key": key} if self.recipe.is_stochastic else {}
+        options |= {"key": key.key} if self.recipe.is_stochastic else {}
         options |= {"state": state} if self.recipe.history is not None else {}
         return operation(*operands, **options, recipe=self.recipe)
 

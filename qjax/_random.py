@@ -1,6 +1,7 @@
 """Random bits for stochastic rounding: a counter-based generator of a few integer operations an element."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,19 @@ from jax import lax
 _TURNS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
+class Whitened(NamedTuple):
+    """A key as the words that it contributes: eight of ``key_words``."""
+
+    words: jax.Array
+
+
 def key_words(key, count: int = 4) -> jax.Array:
     """Returns the words that a PRNG key contributes, whitened by its own generator: ``jax.random.bits``.
 
     For JAX's default generator without its loop, which takes as long to compile as all else that rounding does.
     """
+    if isinstance(key, Whitened):
+        return key.words[:count]
     if jax.random.key_impl(key) != "threefry2x32":
         return jax.random.bits(key, (count,), jnp.uint32)
     key = jax.random.key_data(key)

@@ -101,7 +101,7 @@ def find(program: _jaxpr.Program, replace: Callable[[Site], Hashable | None], ro
 
     def placed(site: Site, names: tuple[str, ...], eqn, place: _jaxpr.Place) -> Site:
         return dataclasses.replace(
-            site, path=_path(names, root), source=_source(eqn), steps=place.steps, unsteady=place.unsteady
+            site, path=_path(names, root), source=source(eqn), steps=place.steps, unsteady=place.unsteady
         )
 
     def choose(eqn, place: _jaxpr.Place):
@@ -154,7 +154,7 @@ def _fixed(site: Site, place: _jaxpr.Place) -> str:
     return ""
 
 
-def _source(eqn) -> str:
+def source(eqn) -> str:
     """Returns the innermost line outside the libraries that asked for an equation, as file:line."""
     from jax.extend import source_info_util
 

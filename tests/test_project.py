@@ -15,9 +15,9 @@ PACKAGE = pathlib.Path(qjax.__file__).parent
 
 # A module may import those above it. Modules of one row do not see each other.
 LAYERS = (
-    ("laws", "sweep"),
+    ("laws", "sweep", "linalg"),
     ("formats", "_carrier", "unit_scaling"),
-    ("_modes",),
+    ("_modes", "_to_odd"),
     ("_grid",),
     ("_rounding",),
     ("_random", "_blocks", "_codebook"),
@@ -27,11 +27,13 @@ LAYERS = (
     ("_encode", "_hadamard"),
     ("_faults",),
     ("_quantizer",),
-    ("_accumulator", "_operand", "optim"),
+    ("_accumulator", "_operand", "optim", "collectives"),
     ("_recipe", "_jaxpr"),
-    ("_product", "_sites"),
-    ("_dot", "_coverage", "_rules", "recipes"),
-    ("_program",),
+    ("_product", "_sites", "_custom"),
+    ("_dot", "_coverage", "_rules", "_sums", "recipes"),
+    ("_program", "_arithmetic"),
+    ("_emulate",),
+    ("_operations", "_significance"),
     ("linen", "nnx"),
     ("stats",),
 )

@@ -33,11 +33,11 @@ def ratios(**levels):
 KUMAR_RUNS = grid(
     N=[30e6, 60e6, 110e6, 220e6],
     D=[1.5e9, 3e9, 6e9, 13e9, 26e9],
-    P_w=[3, 4, 5, 6, 8, 12],
+    P_w=[3, 4, 5, 6, 8, 12, math.inf],
     P_a=[4, 6, 12],
     P_kv=[4, 6, 12],
 )
-# A row: the law, the runs of its paper, and options of the fit.
+# A row: the law, the runs of its paper, and in full precision where the law has that, and options of the fit.
 PUBLISHED = {
     "power": (laws.POWER.model(c=400.0, alpha=0.34), {"x": np.geomspace(1e6, 1e10, 9)}, {}),
     "saturating power": (
@@ -59,7 +59,7 @@ PUBLISHED = {
         grid(
             N=[30e6, 60e6, 110e6, 220e6],
             D=[1.5e9, 6e9, 26e9],
-            P_w=[4, 6, 8, 12],
+            P_w=[4, 6, 8, 12, math.inf],
             P_a=[4, 6, 12],
             P_kv=[4, 6, 12],
             P_post=[2, 3, 4],
@@ -68,13 +68,13 @@ PUBLISHED = {
     ),
     "float quantization": (
         laws.FLOAT_QUANTIZATION.published,
-        grid(**CAPYBARA, E=[1, 2, 3, 4, 5], M=[1, 2, 3, 4, 5], B=[32, 128, 2**13.1567]),
+        grid(**CAPYBARA, E=[1, 2, 3, 4, 5, math.inf], M=[1, 2, 3, 4, 5, math.inf], B=[32, 128, 2**13.1567]),
         {},
     ),
     **{
         law.name: (
             law.published,
-            grid(N=[74e6, 145e6, 297e6, 595e6], D=[1e10, 2e10, 5e10, 1e11], G=[32, 64, 128, 256]),
+            grid(N=[74e6, 145e6, 297e6, 595e6], D=[1e10, 2e10, 5e10, 1e11], G=[1, 32, 64, 128, 256]),
             {},
         )
         for law in (laws.QAT_W4A4, laws.QAT_W4A16, laws.QAT_W16A4, laws.QAT_W4A4_FC2_8BIT, laws.QAT_W16A4_FC2_8BIT)
@@ -137,7 +137,9 @@ EQUATIONS = [
 @pytest.mark.parametrize("law, reference, data", EQUATIONS, ids=lambda x: getattr(x, "name", ""))
 def test_published_laws_are_their_equations(law, reference, data):
     # Powers as exp(a log x): |a log x| < 20, so some 20 ulp a power; 1e-13 holds a few of them.
-    np.testing.assert_allclose(law.published(data), reference(**data), rtol=1e-13)
+    losses = law.published(data)
+    np.testing.assert_allclose(losses, reference(**data), rtol=1e-13)
+    assert np.ndim(losses) == 0 or losses.flags.writeable  # The user's own, to compute with in place.
 
 
 # Section D of the papers' notes: anchors, to the digits printed there.
@@ -407,6 +409,8 @@ def test_rivals_are_compared_on_runs_that_they_have_not_seen():
         best, worst = laws.cross_validate([laws.CHINCHILLA, laws.FLOAT_QUANTIZATION], data, by=by, **few)
         assert (best.law, best.parameters) == ("float_quantization", 8)
         assert best.r_squared > 1 - 1e-6 > worst.r_squared
+        for score in (best, worst):
+            assert score.rms == pytest.approx(np.sqrt(np.mean(np.log(score.predicted / data["loss"]) ** 2)), rel=1e-9)
     assert laws.r_squared(laws.FLOAT_QUANTIZATION.published, data) == 1
     with pytest.raises(ValueError, match="folds must be from 2 to 4, the number of Ns; got 5"):
         laws.cross_validate([laws.CHINCHILLA], data, by="N", folds=5, key=jax.random.key(0))
@@ -433,6 +437,12 @@ C["loss"] = laws.CHINCHILLA.published(C)
             "fit: column 'loss' must be finite and above 0, got -2.0 in row 0; drop",
         ),
         (laws.POWER, X | {"x": [math.nan, *X["x"][1:]]}, {}, "column 'x' must be finite and above 0, got nan in row 0"),
+        (
+            laws.QAT_W4A4,
+            C | {"G": np.full(9, 0.5)},
+            {},
+            r"column 'G' must be finite and above 1 \(or 1: full precision\), got 0.5 in row 0; drop",
+        ),
         (laws.POWER, X | {"x": ["one"] * 10}, {}, "column 'x' must be numbers"),
         (laws.POWER, X | {"x": X["x"][:3]}, {}, r"column 'loss' has shape \(10,\); expected \(3,\), as x"),
         (laws.POWER, {"x": X["x"]}, {}, r"no column 'loss' in the data, which has x; say loss=\.\.\."),

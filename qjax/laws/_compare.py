@@ -1,17 +1,20 @@
 """How well a law predicts runs that it has not seen."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from qjax.laws._data import Runs, read
 from qjax.laws._fit import fit_runs
 from qjax.laws._law import Law, Model
 
 
-class Score(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Score:
     """The held-out scores of a law.
 
     Attributes:
@@ -19,12 +22,14 @@ class Score(NamedTuple):
       r_squared: of the logarithms of all held-out losses, against the mean of those losses' logarithms.
       rms: the root mean square of the held-out log residuals.
       parameters: how many were fitted.
+      predicted: the losses, each by the fit that has not seen its run.
     """
 
     law: str
     r_squared: float
     rms: float
     parameters: int
+    predicted: Float[np.ndarray, " n"] = dataclasses.field(repr=False)
 
 
 def r_squared(model: Model, data: Any, *, loss: str = "loss", columns: Mapping[str, str] | None = None) -> float:
@@ -101,7 +106,7 @@ def cross_validate(
             free = len(result.free)
         residuals = predicted - np.log(runs.loss)
         rms = float(np.sqrt(np.mean(residuals**2)))
-        scores.append(Score(law.name, _r_squared(predicted, np.log(runs.loss)), rms, free))
+        scores.append(Score(law.name, _r_squared(predicted, np.log(runs.loss)), rms, free, np.exp(predicted)))
     return sorted(scores, key=lambda score: -score.r_squared)
 
 

@@ -53,24 +53,24 @@ def read(caller: str, law: Law, data: Any, loss: str = "loss", columns: Mapping[
         if raw[key].ndim != 1 or len(raw[key]) != len(raw[names[0]]):
             expected = f"({len(raw[names[0]])},), as {names[0]}" if raw[names[0]].ndim == 1 else "one dimension"
             raise ValueError(f"{caller}: column {name!r} has shape {raw[key].shape}; expected {expected}")
+    full = dict(law.reference)
     for c in law.columns:
-        infinite = c.name in dict(law.reference)
         name, values = columns.get(c.name, c.name), raw[c.name]
-        raw[c.name] = values.astype(str) if c.category else _numbers(caller, name, values, c.lower, infinite)
-    return Runs(law, raw, _numbers(caller, loss, raw.pop("loss"), 0.0, False))
+        raw[c.name] = values.astype(str) if c.category else _numbers(caller, name, values, c.lower, full.get(c.name))
+    return Runs(law, raw, _numbers(caller, loss, raw.pop("loss"), 0.0))
 
 
-def _numbers(caller: str, name: str, values: np.ndarray, lower: float, infinite: bool) -> np.ndarray:
-    """Returns float64 numbers above ``lower``, or raises an error that names the first bad row."""
+def _numbers(caller: str, name: str, values: np.ndarray, lower: float, reference: float | None = None) -> np.ndarray:
+    """Returns finite float64 numbers above ``lower``, or ``reference``; the error names the first bad row."""
     try:
         values = values.astype(np.float64)
     except ValueError as error:
         raise ValueError(f"{caller}: column {name!r} must be numbers: {error}") from None
-    wrong = ~(values > lower) | (np.isinf(values) & (not infinite))
+    wrong = ~((values > lower) & np.isfinite(values) | (values == reference))
     if wrong.any():
-        row = int(np.argmax(wrong))
+        row, full = int(np.argmax(wrong)), "" if reference is None else f" (or {reference:g}: full precision)"
         raise ValueError(
-            f"{caller}: column {name!r} must be {'' if infinite else 'finite and '}above {lower:g}, got {values[row]} "
+            f"{caller}: column {name!r} must be finite and above {lower:g}{full}, got {values[row]} "
             f"in row {row}; drop or mend the {wrong.sum()} such rows"
         )
     return values

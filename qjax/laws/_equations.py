@@ -8,6 +8,11 @@ def _raise(x, exponent):
     return jnp.exp(exponent * jnp.log(x))
 
 
+def _unless(full, x, function):
+    """Returns function(x), and 0 in rows of full precision, where its derivatives would be NaN: 0 times infinity."""
+    return jnp.where(full, 0.0, function(jnp.where(full, 1.0, x)))
+
+
 def chinchilla(p, d):
     return p["A"] * _raise(d["N"], -p["alpha"]) + p["B"] * _raise(d["D"], -p["beta"]) + p["E"]
 
@@ -27,26 +32,31 @@ def precision(p, d):
 def effective(p, d):
     share = 1.0
     for x in ("w", "a", "kv"):
-        share = share * -jnp.expm1(-(d[f"P_{x}"] / p[f"gamma_{x}"] + p[f"n_{x}"]))
+        bits = d[f"P_{x}"]
+        lost = _unless(jnp.isinf(bits), bits, lambda bits, x=x: jnp.exp(-(bits / p[f"gamma_{x}"] + p[f"n_{x}"])))
+        share = share * (1 - lost)
     return d["N"] * share
 
 
 def post_training(p, d):
     size = p["C_T"] * _raise(d["D"], p["gamma_D"]) * _raise(effective(p, d), -p["gamma_N"])
-    return precision(p, d) - size * jnp.exp(-d["P_post"] / p["gamma_post"]) * jnp.expm1(
-        -p["C_w"] * (d["P_w"] - d["P_post"])
-    )
+    fewer = d["P_w"] - d["P_post"]
+    kept = _unless(jnp.isinf(fewer), fewer, lambda fewer: jnp.exp(-p["C_w"] * fewer))
+    return precision(p, d) + size * jnp.exp(-d["P_post"] / p["gamma_post"]) * (1 - kept)
 
 
 def float_quantization(p, d):
     parameters, tokens = _raise(d["N"], -p["alpha"]), _raise(d["D"], p["beta"])
-    bits = _raise(d["E"] + 0.5, -p["delta"]) * _raise(d["M"] + 0.5, -p["nu"])
+    bits = 1.0
+    for x, exponent in (("E", "delta"), ("M", "nu")):
+        bits = bits * _unless(jnp.isinf(d[x]), d[x] + 0.5, lambda x, exponent=exponent: _raise(x, -p[exponent]))
     error = tokens * parameters * jnp.log2(d["B"]) * bits / p["gamma"]
     return p["n"] * parameters + p["d"] / tokens + p["eps"] + error
 
 
 def qat(p, d):
-    error = _raise(d["D"], p["gamma_D"]) * _raise(jnp.log2(d["G"]), p["gamma_G"]) * _raise(d["N"], -p["gamma_N"])
+    group = _unless(d["G"] == 1, jnp.log2(d["G"]), lambda log_G: _raise(log_G, p["gamma_G"]))
+    error = _raise(d["D"], p["gamma_D"]) * group * _raise(d["N"], -p["gamma_N"])
     return chinchilla(p, d) + p["k"] * error
 
 

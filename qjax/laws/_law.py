@@ -21,7 +21,7 @@ class Column:
     Attributes:
       name: as the law's function looks it up.
       meaning: what it is, with its unit.
-      lower: numbers of the column must be above this.
+      lower: numbers of the column must be above this, or the law's reference.
       category: whether the column names levels (formats, schemes) rather than holding numbers. The law's function
         then gets the integer index of each row's level, to look up parameters that are ``per`` this column.
 
@@ -76,7 +76,7 @@ class Law:
       citation: where it is from.
       constants: published values of the parameters, as pairs.
       tied: pairs (a, b): by default a fit makes parameter a equal to parameter b.
-      reference: the column values at which the law is that of full precision.
+      reference: the column values at which the law is that of full precision; runs to fit may have them.
 
     Static: hashable by value, the function by identity, so a law crosses ``jit`` as an ordinary argument.
 
@@ -181,7 +181,7 @@ class Model:
         flat = expand(self.law, levels)
         theta = np.array([self.parameters[name] for name in flat])
         with jax.enable_x64(True):
-            return np.asarray(_predict(self.law, levels, theta, codes))[()]
+            return np.array(_predict(self.law, levels, theta, codes))[()]
 
 
 def encode(caller: str, column: Column, values: np.ndarray, levels: Mapping[str, tuple[str, ...]]) -> np.ndarray:
