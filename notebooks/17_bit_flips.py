@@ -153,7 +153,7 @@ left.annotate(
     arrowprops=dict(arrowstyle="-", color="0.5"),
 )
 left.legend(frameon=False, fontsize=8.5, loc="upper right")
-right.legend(frameon=False, fontsize=8.5, loc="center", bbox_to_anchor=(0.43, 0.45))
+right.legend(frameon=False, fontsize=8.5, loc="center", bbox_to_anchor=(0.47, 0.45))
 for axes in (left, right):
     axes.spines[["top", "right"]].set_visible(False)
 path = FIGURES / "17_bit_flips.png"
