@@ -230,8 +230,8 @@ figure.savefig(path, dpi=150)
 # ## Reading it
 #
 # **The angles are what breaks.** The product of a position and a frequency is as large as the position, and its
-# rounding error grows with it: in bf16 the angle is off by more than a radian from position 512 on. Positions
-# themselves are rounded, too: beyond 256 neighbours become one. Attention changes completely, and the loss of a model
+# rounding error grows with it: in bf16 the angle is off by up to a radian from position 256 on. Positions
+# themselves are rounded there, too: neighbours become one. Attention changes completely, and the loss of a model
 # that was perfect at position 0 rises with the shift. In fp16 the same happens from 2048 on, where it runs out of
 # integers.
 #
@@ -241,8 +241,8 @@ figure.savefig(path, dpi=150)
 # position. Only scores of unrounded queries and keys are free of it, 200 times below.
 #
 # **So "RoPE in bf16" is two effects.** Implementations that compute angles in float32 and cast have the small one. Wang
-# et al. see it grow with the context, in sums over all pairs of tokens; per query it hardly does here. It is also what
-# can be had for free: the angles are a table.
+# et al. see it grow with the context, in sums over all pairs of tokens; for each query it hardly does here, unless the
+# angles are in bf16 too. Angles in fp32 cost next to nothing, for they are a table.
 #
 # **What this does not show.** In the paper the first token takes most of the change, in large models which attend to it
 # most; a small model has no such token. And a model that is trained in bf16 learns on the changed attention, which may

@@ -126,7 +126,8 @@ class Choice(NamedTuple):
     @property
     def argument(self) -> Quantizer | None:
         """What rounds the arguments."""
-        return _first(self.rules, "argument", "argument", ("", self.default))[1]
+        rules = tuple(rule for rule in self.rules if isinstance(rule[1], Quantizer | None))
+        return _first(rules, "argument", "argument", ("", self.default))[1]
 
     @property
     def result(self) -> Quantizer | None:
@@ -157,6 +158,8 @@ def checked(caller: str, fmt, rounding, saturate: bool, sums, rules) -> Choice:
             )
         is_format = isinstance(value, str | Format)
         known[pattern] = Quantizer(value, default.rounding, saturate=saturate) if is_format else value
+        if pattern in ("argument", "result") and not isinstance(known[pattern], Quantizer | None):
+            raise TypeError(f"{caller}: rules[{pattern!r}] must be a format, a Quantizer or None, got {value!r}.")
     return Choice(default, tuple(known.items()), tuple(orders.items()))
 
 

@@ -84,14 +84,13 @@ class Faults:
         if (key is None) == self.is_stochastic:
             need = "without a seed they need key=jax.random.key(...)" if key is None else "with a seed they take no key"
             raise ValueError(f"Faults: {need}.")
-        if self.seed is not None:
-            key = jax.random.key(self.seed)
+        drawn = jax.random.key(self.seed or 0) if key is None else key
         codes = q.unpacked()
         dtype = codes.dtype
         mask = jnp.zeros(codes.shape, dtype)
         threshold = math.floor(self.rate * 2**32)
         for place in places if threshold else ():
-            words = _random.random_words(jax.random.fold_in(key, place), codes.shape, 32, 32)
+            words = _random.random_words(jax.random.fold_in(drawn, place), codes.shape, 32, 32)
             struck = words <= np.uint32(threshold - 1)
             mask = mask | jnp.where(struck, dtype.type(1 << place), dtype.type(0))
         struck = {"flip": codes ^ mask, "stuck_at_0": codes & ~mask, "stuck_at_1": codes | mask}[self.kind]

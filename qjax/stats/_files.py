@@ -118,12 +118,16 @@ def _levels(fmt: Format) -> Iterator[Scaled]:
 
 
 def _needs_all(fmt: Format) -> bool:
-    """Returns whether a scale of the whole tensor follows from more than its largest magnitude."""
-    first, *inner = [*_levels(fmt)] or [None]
-    deeper = any(level.block is None or (isinstance(level.block, tuple) and len(level.block) > 2) for level in inner)
-    if first is None or first.block is not None:
-        return deeper or (first is not None and isinstance(first.block, tuple) and len(first.block) > 2)
-    return deeper or first.zero_point is not None or first.rule == "mse" or not isinstance(first.rule, str)
+    """Returns whether pieces cannot hold whole blocks, or a scale needs more than the largest magnitude."""
+    levels = list(_levels(fmt))
+    if any(isinstance(level.block, tuple) and len(level.block) > 2 for level in levels):
+        return True
+    if any(level.block is None for level in levels[1:]):
+        return True
+    of_tensor = bool(levels) and levels[0].block is None
+    return of_tensor and (
+        levels[0].zero_point is not None or not isinstance(levels[0].rule, str) or levels[0].rule == "mse"
+    )
 
 
 def _units(fmt: Format, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -157,9 +161,10 @@ def pieces(shape: tuple[int, ...], rows: int, columns: int) -> Iterator[tuple[sl
 
 def _within(shape: tuple[int, ...], times: int, rows: int, columns: int) -> Iterator[tuple[slice, ...]]:
     """Yields the pieces of the axes that are left, of which ``times`` are read at once."""
-    if len(shape) > 1:
+    first, *others = shape
+    if others:
         yield from pieces(shape, rows, columns)
     else:
         step = max(PIECE // (times * columns), 1) * columns
-        for i in range(0, shape[0], step):
-            yield (slice(i, min(i + step, shape[0])),)
+        for i in range(0, first, step):
+            yield (slice(i, min(i + step, first)),)

@@ -284,9 +284,10 @@ class _Observed:
         operation = getattr(lax, eqn.primitive.name)
         options = {name: value for name, value in eqn.params.items() if value is not None}
         static = Static(operation, settings(options), self.recipe, tuple(x.dtype for x in operands))
+        drawn = None if key is None else key.key
         if state is None:
-            return _operation(static, self.apply, key)(*operands)
-        return _observed(static, (self.apply, self.values), *operands, key, state)
+            return _operation(static, self.apply, drawn)(*operands)
+        return _observed(static, (self.apply, self.values), *operands, drawn, state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -95,7 +95,7 @@ def calibrate(
 
 
 def _rounded(x: np.ndarray, clip: float, fmt: Scaled) -> np.ndarray:
-    return np.asarray(chop(x.astype(np.float32), fmt, scale=np.float32(clip / fmt.element.max)), np.float64)
+    return np.asarray(chop(x.astype(np.float32), fmt, scale=np.asarray(clip / fmt.element.max, np.float32)), np.float64)
 
 
 def _least(loss: Callable[[float], float], candidates: Sequence[float]) -> float:

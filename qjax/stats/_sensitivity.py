@@ -100,7 +100,7 @@ class Network:
                 if i < j:
                     choices = np.zeros(len(self.paths), int)
                     choices[[i, j]] = 1 + f, 1 + g
-                    found[i, f, j, g] = self.divergence(choices) - alone[i, f] - alone[j, g]
+                    found[i, f, j, g] = self.divergence(choices.tolist()) - alone[i, f] - alone[j, g]
         return found
 
     def curvature(self, key: Array, draws: int) -> dict[str, dict[str, float]]:

@@ -150,7 +150,7 @@ def suggest(
     pairs = network.interactions(alone) if pairwise else None
 
     def choice(picked: Sequence[int]) -> Choice:
-        rows = np.arange(len(picked))
+        rows, picked = range(len(picked)), list(picked)
         predicted = float(alone[rows, picked].sum())
         if pairs is not None:
             predicted += sum(pairs[i, picked[i], j, picked[j]] for j in rows for i in range(j))
@@ -217,7 +217,7 @@ def solve(alone: np.ndarray, cost: np.ndarray, budget: float, pairs: np.ndarray 
             both[3 * k + 1, z], both[3 * k + 1, b] = 1, -1  # z <= b
             both[3 * k + 2, a] = both[3 * k + 2, b] = 1  # z >= a + b - 1
             both[3 * k + 2, z], upper[3 * k + 2] = -1, 1
-        constraints.append(LinearConstraint(both.tocsr(), -np.inf, upper))
+        constraints.append(LinearConstraint(both.tocsr(), -np.inf, upper))  # type: ignore[arg-type]
     # HiGHS stops at an absolute gap of 1e-6: in these units far below what matters.
     found = milp(
         objective * (1e6 / largest if largest else 1.0),
