@@ -160,6 +160,13 @@ def test_sums_are_those_of_numpy_float16_in_their_order(order, n):
     np.testing.assert_array_equal(found[6], x + shifted)
 
 
+def test_long_pairwise_sums_compile_under_jit():
+    """Of 13 terms or more they took XLA minutes while it could fuse their levels; the bits are those of the levels."""
+    x = jnp.asarray(RANDOM.normal(size=(29, 100)), jnp.float32)
+    run = emulate(lambda x: x.sum(1), "bf16", sums="pairwise", rounding="stochastic", key=jax.random.key(0))
+    assert same(jax.jit(run)(x), run(x))
+
+
 def test_convolutions_are_the_sums_of_their_patches():
     x, k = RANDOM.normal(size=(2, 6, 3)).astype(np.float16), RANDOM.normal(size=(2, 3, 4)).astype(np.float16)
     conv = lambda x, k: lax.conv_general_dilated(x, k, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))  # noqa: E731
