@@ -68,7 +68,9 @@ def emulate(
         "conv_general_dilated" a ``Recipe``, by which its operands are rounded before and its sums accumulated; or a
         function of its operands and parameters, whose operations are then rounded. A pattern must match (by
         ``re.fullmatch``) the name of a primitive, or the path of named scopes with this name last:
-        ``"attention/.*"``, ``".*/exp"``. "argument" stands for the arguments of fn, "result" for its results.
+        ``"attention/.*"``, ``".*/exp"``. "argument" stands for the arguments of fn, "result" for its results. A
+        rule is about what operations return: what they are given comes as others have left it, with more bits if
+        theirs is a longer format. Round it by a call of ``chop`` or of a function that is emulated itself.
       key: the PRNG key, for stochastic roundings. Each operation, step of a loop and shard draws its own bits.
 
     Gradients: ``grad(emulate(f))`` is straight-through, the derivative of f at the rounded numbers.
