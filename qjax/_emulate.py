@@ -249,7 +249,8 @@ def planned(
                     f"{caller}: {reason}, at {where}; run the program in a longer dtype (float64 has 53: "
                     "jax_enable_x64 and float64 arguments), or give the operation a rule."
                 )
-        if recipe is None and all(_arithmetic.contains(quantizer.fmt, dtype) for dtype in dtypes):
+        faults = quantizer.faults
+        if recipe is None and faults is None and all(_arithmetic.contains(quantizer.fmt, dtype) for dtype in dtypes):
             return _jaxpr.KEEP
         draws.extend(x for x in (quantizer, recipe) if x is not None and x.is_stochastic and kind != "moved")
         return _arithmetic.Rounded(quantizer, order, recipe, kind)
