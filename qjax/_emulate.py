@@ -224,8 +224,8 @@ def planned(
         where = lambda: f"{name!r} ({_sites.source(eqn)})"  # noqa: E731
         if kind == "unsupported" and not pattern:
             raise ValueError(
-                f"{caller}: no rule says what becomes of the primitive {where()}; rules={{{name!r}: None}} leaves it as "
-                "it is, and a format in the place of None rounds its results."
+                f"{caller}: no rule says what becomes of the primitive {where()}; rules={{{name!r}: None}} leaves it "
+                "as it is, and a format in the place of None rounds its results."
             )
         if kind == "summed" and order != "once" and name not in _arithmetic.ORDERED:
             raise ValueError(
