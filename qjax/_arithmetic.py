@@ -143,9 +143,13 @@ def contains(fmt: Format, dtype) -> bool:
 
 def rounded(x, quantizer: Quantizer | None, key: Key | None = None):
     """Returns an array of floats rounded by a quantizer; as it is if there is none, or if it would change nothing."""
-    if quantizer is None or not jnp.issubdtype(x.dtype, jnp.inexact) or contains(quantizer.fmt, x.dtype):
+    if quantizer is None or not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
-    return quantizer(x, key=key.whitened() if key is not None and quantizer.is_stochastic else None)
+    if quantizer.faults is None and contains(quantizer.fmt, x.dtype):
+        return x
+    if key is None or not quantizer.is_stochastic:
+        return quantizer(x)
+    return quantizer(x, key=key.whitened() if quantizer.faults is None else key.key)
 
 
 def constant(value: float | complex, dtype, fmt: Format):

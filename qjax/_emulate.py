@@ -223,18 +223,18 @@ def planned(
         _, order = _first(choice.sums, name, path, ("", "once"))
         used.add(pattern)
         paths.update((name, path))
-        where = f"{name!r} ({_sites.source(eqn)})"
+        where = lambda: f"{name!r} ({_sites.source(eqn)})"  # noqa: E731
         if kind == "unsupported" and not pattern:
             raise ValueError(
-                f"{caller}: no rule says what becomes of the primitive {where}; rules={{{name!r}: None}} leaves it as "
-                "it is, and a format in the place of None rounds its results."
+                f"{caller}: no rule says what becomes of the primitive {where()}; rules={{{name!r}: None}} leaves it "
+                "as it is, and a format in the place of None rounds its results."
             )
         if kind == "summed" and order != "once" and name not in _arithmetic.ORDERED:
             raise ValueError(
-                f"{caller}: the sums of {where} cannot be {order!r}; pass sums={{{name!r}: 'once', '.*': {order!r}}}."
+                f"{caller}: the sums of {where()} cannot be {order!r}; pass sums={{{name!r}: 'once', '.*': {order!r}}}."
             )
         if isinstance(value, Recipe) and name not in _sites.OPERATIONS:
-            raise TypeError(f"{caller}: the rule {pattern!r} is a Recipe, for products alone; it matches {where}.")
+            raise TypeError(f"{caller}: the rule {pattern!r} is a Recipe, for products alone; it matches {where()}.")
         recipe = value if isinstance(value, Recipe) else None
         quantizer = choice.default if recipe is not None else value
         if record is not None:
@@ -248,10 +248,11 @@ def planned(
         if kind != "moved" and name not in _arithmetic.EXACT:
             for reason in filter(None, (_arithmetic.unfit(quantizer.fmt, dtype) for dtype in dtypes)):
                 raise ValueError(
-                    f"{caller}: {reason}, at {where}; run the program in a longer dtype (float64 has 53: "
+                    f"{caller}: {reason}, at {where()}; run the program in a longer dtype (float64 has 53: "
                     "jax_enable_x64 and float64 arguments), or give the operation a rule."
                 )
-        if recipe is None and all(_arithmetic.contains(quantizer.fmt, dtype) for dtype in dtypes):
+        faults = quantizer.faults
+        if recipe is None and faults is None and all(_arithmetic.contains(quantizer.fmt, dtype) for dtype in dtypes):
             return _jaxpr.KEEP
         draws.extend(x for x in (quantizer, recipe) if x is not None and x.is_stochastic and kind != "moved")
         return _arithmetic.Rounded(quantizer, order, recipe, kind)

@@ -203,6 +203,13 @@ def test_rules_choose_by_primitive_and_by_scope():
                 chop(down(jnp.exp(c(down(jnp.exp(X)) * factor))), "e3m2finite"))  # fmt: skip
 
 
+def test_faults_strike_results():
+    faulty = qjax.Quantizer("fp16", faults=qjax.Faults(0.5, bits=(15,)))
+    found = emulate(jnp.exp, "fp16", rules={"exp": faulty}, key=KEY)(X)
+    np.testing.assert_array_equal(jnp.abs(found), c(jnp.exp(c(X))))
+    assert 0 < (found < 0).mean() < 1
+
+
 def test_products_follow_a_recipe():
     e4m3 = qjax.Quantizer("e4m3_tensor")
     recipe = qjax.Recipe(qjax.Gemm(e4m3, e4m3, accumulator=qjax.Accumulator("fp16", chunk=4)))
