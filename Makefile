@@ -42,6 +42,7 @@ bench: $(VENV)/bench.installed
 	$(RUN) benchmarks/optimizer_step.py
 	$(RUN) benchmarks/laws.py
 	$(RUN) benchmarks/emulate.py
+	$(RUN) benchmarks/watch.py
 
 docs: $(VENV)/docs.installed
 	$(RUN) -m mkdocs build --strict --quiet

@@ -7,6 +7,7 @@ from qjax._coverage import Coverage
 from qjax._dot import conv_general_dilated, dot_general
 from qjax._emulate import emulate
 from qjax._encode import QTensor, decode, encode
+from qjax._faults import Faults
 from qjax._hadamard import Hadamard
 from qjax._modes import Rounding
 from qjax._operations import Operations, operations
@@ -23,6 +24,7 @@ __all__ = [
     "Accumulator",
     "Clipped",
     "Coverage",
+    "Faults",
     "Gemm",
     "Hadamard",
     "Operations",

@@ -20,10 +20,11 @@ from qjax.formats import Fixed, Float, Format
 MOVED = frozenset(
     "all_gather all_gather_invariant all_to_all approx_top_k broadcast_in_dim broadcast_to clamp complex concatenate "
     "copy copy_p cummax cummin device_put dynamic_slice dynamic_update_slice empty expand_dims gather imag "
-    "layout_constraint max min name optimization_barrier pad pbroadcast pmax pmin ppermute pvary real reduce_max "
-    "reduce_min reduce_window_max reduce_window_min reshape reshard rev scatter scatter-max scatter-min select_n "
-    "select_and_gather_add select_and_scatter sharding_constraint slice sort split squeeze stack stop_gradient tie "
-    "tile top_k transpose unstack vary_unreduced_cast".split()
+    "layout_constraint max min name optimization_barrier pad pbroadcast pbroadcast_dynamic pmax pmin ppermute pvary "
+    "real reduce_max reduce_min reduce_window_max reduce_window_min reduced_vary_cast reshape reshard rev scatter "
+    "scatter-max scatter-min select_and_gather_add select_and_scatter select_n sharding_constraint slice sort split "
+    "squeeze stack stop_gradient tie tile top_k transpose unstack vary_unreduced_cast "
+    "with_memory_space_constraint".split()
 )
 # ... but for the sign.
 SIGNED = frozenset(("abs", "conj", "neg"))
@@ -31,7 +32,7 @@ SIGNED = frozenset(("abs", "conj", "neg"))
 ROUNDED = frozenset(
     "acos acosh add add_any asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil "
     "convert_element_type cos cosh digamma div erf erf_inv erfc exp exp2 expm1 floor igamma igamma_grad_a igammac "
-    "integer_pow iota lgamma log log1p log2 logistic mul polygamma pow random_gamma reduce_precision "
+    "iota lgamma log log1p log2 logistic mul polygamma pow random_gamma reduce_precision "
     "regularized_incomplete_beta rem rng_uniform round rsqrt sign sin sinh sqrt square sub tan tanh zeta".split()
 )
 # ... these are exact in any dtype that holds the result, and ...
@@ -46,6 +47,37 @@ TO_ODD = {
     "square": lambda x: _to_odd.multiply(x, x),
     "sub": _to_odd.subtract,
 }
+
+
+def _integer_pow(step, x, y: int):
+    """Returns an integer power by repeated squaring, as XLA computes it."""
+    result, square, power = None, x, abs(y)
+    while power:
+        if power & 1:
+            result = square if result is None else step("mul", result, square)
+        power >>= 1
+        if power:
+            square = step("mul", square, square)
+    one = jnp.ones_like(x)
+    if result is None:
+        return one
+    return step("div", one, result) if y < 0 else result
+
+
+def _one_minus_square(step, x):
+    one = jnp.ones_like(x)
+    return step("mul", step("add", one, x), step("sub", one, x))
+
+
+def _polynomial(step, x, *coefficients, **_):
+    x, total, *rest = jnp.broadcast_arrays(x, *coefficients[::-1])
+    for coefficient in rest:
+        total = step("add", step("mul", total, x), coefficient)
+    return total
+
+
+# A few operations under one name, each of them rounded.
+COMPOSED = {"integer_pow": _integer_pow, "one_minus_square": _one_minus_square, "polynomial": _polynomial}
 # Many operations: rounded after all of them, or ...
 SUMMED = frozenset(
     "conv_general_dilated cumlogsumexp cumprod cumsum dot_general psum psum_invariant ragged_dot_general "
@@ -64,7 +96,12 @@ OPAQUE = frozenset(
 def kind(eqn) -> str:
     """Returns what is done with an equation: "moved", "rounded", "summed", "opaque", "untouched" or "unsupported"."""
     name = eqn.primitive.name
-    for names, answer in ((MOVED | SIGNED, "moved"), (ROUNDED, "rounded"), (SUMMED, "summed"), (OPAQUE, "opaque")):
+    for names, answer in (
+        (MOVED | SIGNED, "moved"),
+        (ROUNDED | {*COMPOSED}, "rounded"),
+        (SUMMED, "summed"),
+        (OPAQUE, "opaque"),
+    ):
         if name in names:
             return answer if any(map(is_inexact, eqn.outvars)) else "untouched"
     return "unsupported" if any(map(is_inexact, eqn.outvars)) else "untouched"
@@ -106,26 +143,39 @@ def contains(fmt: Format, dtype) -> bool:
 
 def rounded(x, quantizer: Quantizer | None, key: Key | None = None):
     """Returns an array of floats rounded by a quantizer; as it is if there is none, or if it would change nothing."""
-    if quantizer is None or not jnp.issubdtype(x.dtype, jnp.inexact) or contains(quantizer.fmt, x.dtype):
+    if quantizer is None or not jnp.issubdtype(x.dtype, jnp.inexact):
         return x
-    return quantizer(x, key=key.whitened() if key is not None and quantizer.is_stochastic else None)
+    if quantizer.faults is None and contains(quantizer.fmt, x.dtype):
+        return x
+    if key is None or not quantizer.is_stochastic:
+        return quantizer(x)
+    return quantizer(x, key=key.whitened() if quantizer.faults is None else key.key)
+
+
+def constant(value: float | complex, dtype, fmt: Format):
+    """Returns a constant of a program rounded to nearest; an infinity that the format lacks becomes its largest."""
+    try:
+        return _computed(value, dtype, fmt)
+    except jax.errors.TracerArrayConversionError:  # under shard_map (jax 0.12) nothing is computed before the program
+        return _constant(value, dtype, fmt)
 
 
 @functools.lru_cache(maxsize=1024)
-def constant(value: float | complex, dtype, fmt: Format):
-    """Returns a constant of a program rounded to nearest; an infinity that the format lacks becomes its largest."""
-    quantizer = Quantizer(fmt, saturate=not (isinstance(fmt, Float) and fmt.has_inf))
+def _computed(value, dtype, fmt: Format):
     with jax.ensure_compile_time_eval():
-        return np.asarray(rounded(jnp.asarray(value, dtype), quantizer))
+        return np.asarray(_constant(value, dtype, fmt))
 
 
-def constants(eqn, operands, quantizer: Quantizer | None):
+def _constant(value, dtype, fmt: Format):
+    quantizer = Quantizer(fmt, saturate=not (isinstance(fmt, Float) and fmt.has_inf))
+    return rounded(jnp.asarray(value, dtype), quantizer)
+
+
+def constants(eqn, operands, quantizer: Quantizer):
     """Returns the operands of an equation, the constants among them rounded."""
-    if quantizer is None:
-        return operands
     return [
         constant(complex(x) if np.iscomplexobj(x) else float(x), v.aval.dtype, quantizer.fmt)
-        if is_literal(v) and is_inexact(v) and np.ndim(x) == 0
+        if is_literal(v) and is_inexact(v)
         else x
         for v, x in zip(eqn.invars, operands, strict=True)
     ]
@@ -137,13 +187,13 @@ class Rounded:
     """An equation followed by a rounding, in the place of the equation.
 
     Attributes:
-      quantizer: what its results are rounded by, None to leave them.
+      quantizer: what its results are rounded by.
       sums: one of ``_sums.ORDERS``.
       recipe: what the operands of a product are rounded by.
       kind: what ``kind`` says of it.
     """
 
-    quantizer: Quantizer | None
+    quantizer: Quantizer
     sums: str = "once"
     recipe: Recipe | None = None
     kind: str = "rounded"
@@ -151,53 +201,35 @@ class Rounded:
 
     def __call__(self, eqn, operands, key, state):
         operands = constants(eqn, operands, self.quantizer)
-        primitive, params = eqn.primitive, eqn.primitive.get_bind_params(eqn.params)
+        name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
         if self.recipe is not None:
-            out = self._product(eqn, operands, _folded(key, 1))
-        elif self.quantizer is None or self.kind == "moved":
-            out = primitive.bind(*operands, **params)
-            if self.quantizer is None or primitive.name not in SIGNED or _is_symmetric(self.quantizer.fmt):
-                return out
-        elif self.sums != "once" and primitive.name in ORDERED:
+            return rounded(self._product(eqn, operands, _folded(key, 1)), self.quantizer, key)
+        if self.sums != "once" and name in ORDERED:
             return self._sum(eqn, operands, key)
-        elif primitive.name == "integer_pow":
-            return self._power(operands[0], params["y"], key)
-        else:
-            if primitive.name in ("dot_general", "conv_general_dilated"):
-                params |= _precise(params, self.quantizer.fmt, operands)
-            return self._rounded(eqn, operands, params, key)
-        if primitive.multiple_results:
-            return [rounded(x, self.quantizer, _folded(key, i)) for i, x in enumerate(out)]
-        return rounded(out, self.quantizer, key)
-
-    def _rounded(self, eqn, operands, params, key):
-        assert self.quantizer is not None
-        primitive, dtype = eqn.primitive, eqn.outvars[0].aval.dtype
-        if self._is_direct(dtype):
-            out = primitive.bind(*operands, **params)
-            if primitive.multiple_results:
-                return [rounded(x, self.quantizer, _folded(key, i)) for i, x in enumerate(out)]
-            return rounded(out, self.quantizer, key)
-        if primitive.name in TO_ODD:
-            return self._binary(primitive.name, operands, key)
-        if primitive.name == "convert_element_type" and not is_inexact(eqn.invars[0]):
-            wide = operands[0].astype(np.uint8) if operands[0].dtype == bool else operands[0]
-            out = _to_odd.from_integer(wide, np.dtype(np.float64 if dtype == np.float64 else np.float32))
-            return rounded(out, self.quantizer, key).astype(dtype)
-        out = primitive.bind(*operands, **params)
-        if primitive.multiple_results:
+        if name in COMPOSED:
+            return self._composed(eqn, operands, key)
+        if name in TO_ODD and not self._is_direct(dtype):
+            return self._binary(name, operands, key)
+        if name == "convert_element_type" and _is_longer(operands[0].dtype, dtype):
+            wide = _to_odd.from_integer(operands[0], np.dtype(np.float64 if dtype == np.float64 else np.float32))
+            return rounded(wide, self.quantizer, key).astype(dtype)
+        params = eqn.primitive.get_bind_params(eqn.params)
+        if name in ("dot_general", "conv_general_dilated") and params["precision"] is None and dtype == np.float32:
+            params |= {"precision": (lax.Precision.HIGHEST,) * 2}  # some devices would multiply with fewer bits
+        out = eqn.primitive.bind(*operands, **params)
+        if self.kind == "moved" and (name not in SIGNED or _is_symmetric(self.quantizer.fmt)):
+            return out
+        if eqn.primitive.multiple_results:
             return [rounded(x, self.quantizer, _folded(key, i)) for i, x in enumerate(out)]
         return rounded(out, self.quantizer, key)
 
     def _is_direct(self, dtype) -> bool:
         """Returns whether the result to nearest of the dtype rounds as the exact one does."""
-        assert self.quantizer is not None
         nearest = self.quantizer.rounding in _NEAREST
         return nearest or not jnp.issubdtype(dtype, jnp.floating) or contains(self.quantizer.fmt, dtype)
 
     def _binary(self, name: str, operands, key=None):
         """Returns the rounded result of an operation that ``TO_ODD`` has."""
-        assert self.quantizer is not None
         dtype = operands[0].dtype
         if self._is_direct(dtype):
             return rounded(_PLAIN[name](*operands), self.quantizer, key)
@@ -229,21 +261,10 @@ class Rounded:
     def _combined(self, name: str, a, b, key):
         return self._binary(name, (a, b), key)
 
-    def _power(self, x, exponent: int, key):
-        """Returns an integer power by repeated squaring, every product rounded, as XLA computes it."""
+    def _composed(self, eqn, operands, key):
         numbers = itertools.count()
-        step = lambda name, *operands: self._binary(name, operands, _folded(key, next(numbers)))  # noqa: E731
-        result, square, power = None, x, abs(exponent)
-        while power:
-            if power & 1:
-                result = square if result is None else step("mul", result, square)
-            power >>= 1
-            if power:
-                square = step("mul", square, square)
-        one = jnp.ones_like(x)
-        if result is None:
-            return one
-        return step("div", one, result) if exponent < 0 else result
+        step = lambda name, *parts: self._binary(name, parts, _folded(key, next(numbers)))  # noqa: E731
+        return COMPOSED[eqn.primitive.name](step, *operands, **eqn.params)
 
     def _product(self, eqn, operands, key):
         assert self.recipe is not None
@@ -283,11 +304,9 @@ def _is_symmetric(fmt: Format) -> bool:
     return False
 
 
-def _precise(params: dict, fmt: Format, operands) -> dict:
-    """Returns the options that keep a product of float32 from being computed with fewer bits, as some devices do."""
-    if params["precision"] is None and any(x.dtype == np.float32 for x in operands):
-        return {"precision": (lax.Precision.HIGHEST,) * 2}
-    return {}
+def _is_longer(dtype, other) -> bool:
+    """Returns whether integers of a dtype have more bits than a float dtype holds."""
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits > jnp.finfo(other).nmant + 1
 
 
 def _folded(key: Key | None, number: int) -> Key | None:

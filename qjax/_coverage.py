@@ -63,7 +63,8 @@ def _gemm_text(gemm: Gemm) -> str:
 def _quantizer_text(quantizer: Quantizer | None) -> str:
     if quantizer is None:
         return "-"
-    return _shown(quantizer.fmt) + _rounding_text(quantizer.rounding)
+    faults = "" if quantizer.faults is None else f" with {quantizer.faults.kind} faults"
+    return _shown(quantizer.fmt) + _rounding_text(quantizer.rounding) + faults
 
 
 def _shown(fmt: Format) -> str:

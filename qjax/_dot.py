@@ -11,7 +11,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array
 
-from qjax._encode import QTensor, decode, encode
+from qjax._encode import QTensor, decode
 from qjax._jaxpr import is_literal
 from qjax._operand import Operand, restored, stored
 from qjax._product import axes_of, product, rotated, swapped
@@ -132,12 +132,16 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
                 f"{caller}: {name} is a {x.dtype} NumPy array, which JAX would first round to 32 bits; convert it "
                 "yourself, x.astype(numpy.float32), or set jax_enable_x64."
             )
-    frozen = tuple((name, _frozen(value)) for name, value in options.items())
-    static = _Static(operation, frozen, recipe, (lhs.dtype, rhs.dtype))
+    static = Static(operation, settings(options), recipe, (lhs.dtype, rhs.dtype))
     if not any(isinstance(x, Tracer) for x in (lhs, rhs)):
         return _product(static, lhs, rhs, key, state)
     with marked(jax.make_jaxpr(static.product)(lhs, rhs).jaxpr.eqns[-1], recipe):
         return _product(static, lhs, rhs, key, state)
+
+
+def settings(options: dict[str, Any]) -> tuple:
+    """Returns the options of an operation as a value that can be hashed."""
+    return tuple((name, _frozen(value)) for name, value in options.items())
 
 
 def _frozen(value):
@@ -149,7 +153,7 @@ def _frozen(value):
     return value
 
 
-class _Static(NamedTuple):
+class Static(NamedTuple):
     """What of a product is static."""
 
     operation: Callable
@@ -172,7 +176,7 @@ _FORWARD, _DLHS, _DRHS = 0, 1, 2
 _TENSORS = (("lhs", "rhs"), ("gradient", "rhs"), ("lhs", "gradient"))
 
 
-def _given(key, state, number: int, gemm: Gemm) -> dict[str, Any]:
+def given_to(key, state, number: int, gemm: Gemm) -> dict[str, Any]:
     """Returns the keys of the stochastic parts of a product, and the scales of its operands if they are delayed."""
     numbers = {"lhs": 2 * number, "rhs": 2 * number + 1, "accumulator": 6 + number, "rotate": 9 + number}
     numbers |= {"rotate_lhs": 12 + 2 * number, "rotate_rhs": 13 + 2 * number}
@@ -197,15 +201,15 @@ def _recorded(history, x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static: _Static, lhs, rhs, key, state):
+def _product(static: Static, lhs, rhs, key, state):
     return _product_forward(static, lhs, rhs, key, state)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _product_forward(static: _Static, lhs, rhs, key, state):
+def _product_forward(static: Static, lhs, rhs, key, state):
     recipe, gemm = static.recipe, static.recipe.forward
     kept: list[Operand] = []
-    given = _given(key, state, _FORWARD, gemm)
+    given = given_to(key, state, _FORWARD, gemm)
     out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, given, kept)
     residuals = []
     for place, (x, save) in enumerate(((lhs, recipe.save_lhs), (rhs, recipe.save_rhs))):
@@ -214,7 +218,7 @@ def _product_forward(static: _Static, lhs, rhs, key, state):
             saved = stored(operand)
         elif isinstance(save, Quantizer):
             number = jax.random.fold_in(key, 18 + place) if save.is_stochastic else None
-            saved = encode(x, save.fmt, save.rounding, key=number, saturate=save.saturate)
+            saved, _ = save.encode(x, key=number)
         else:
             saved = x
         residuals.append((saved, operand.slope))
@@ -237,7 +241,7 @@ def _undifferentiated_jvp(primals, tangents):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _product_backward(static: _Static, residuals, gradient):
+def _product_backward(static: Static, residuals, gradient):
     (lhs, lhs_slope), (rhs, rhs_slope), key, state, recorded = residuals
     recipe, forward = static.recipe, static.recipe.forward
     saves = (recipe.save_lhs, recipe.save_rhs)
@@ -245,12 +249,12 @@ def _product_backward(static: _Static, residuals, gradient):
     gradient = _undifferentiated(gradient)
     to_lhs = jax.make_jaxpr(functools.partial(static.transpose, 0, mine=lhs))(gradient, rhs)
     to_rhs = jax.make_jaxpr(functools.partial(static.transpose, 1, mine=rhs))(gradient, lhs)
-    dlhs = _evaluate(to_lhs, recipe.dlhs, gradient, rhs, _given(key, state, _DLHS, recipe.dlhs))
+    dlhs = _evaluate(to_lhs, recipe.dlhs, gradient, rhs, given_to(key, state, _DLHS, recipe.dlhs))
     # The transpose takes (gradient, lhs), the recipe says (lhs, gradient).
-    given = swapped(_given(key, state, _DRHS, recipe.drhs))
+    given = swapped(given_to(key, state, _DRHS, recipe.drhs))
     drhs = _evaluate(to_rhs, recipe.drhs.swapped(), gradient, lhs, given)
     axes = axes_of(jax.make_jaxpr(static.product)(lhs, rhs).jaxpr.eqns[-1])
-    given = _given(key, None, _FORWARD, forward)
+    given = given_to(key, None, _FORWARD, forward)
     results = []
     for place, (x, slope, where) in enumerate(zip((dlhs, drhs), (lhs_slope, rhs_slope), axes, strict=True)):
         # The gradient of an operand is that of the rotated one if it met the other operand rotated. The slope is that
@@ -284,6 +288,19 @@ def _evaluate(program, gemm: Gemm, first, second, given: dict, kept: list | None
       gemm: its lhs is what derives from the first argument.
       kept: gets the operands of the product, with their slopes, if given.
     """
+
+    def perform(equation, lhs, rhs, swap: bool):
+        mine = (gemm.swapped(), swapped(given)) if swap else (gemm, given)
+        return product(equation, mine[0], lhs, rhs, mine[1], kept)
+
+    return with_product(program, perform, first, second)
+
+
+def with_product(program, perform: Callable, first, second):
+    """Returns the value of a jaxpr of two arguments, its product by ``perform(equation, lhs, rhs, swap)``.
+
+    Swap says whether the lhs of the product derives from the second argument.
+    """
     jaxpr = program.jaxpr
     values, of_first = dict(zip(jaxpr.invars, (first, second), strict=True)), {jaxpr.invars[0]}
     for equation in jaxpr.eqns:
@@ -291,9 +308,8 @@ def _evaluate(program, gemm: Gemm, first, second, given: dict, kept: list | None
         variables = [v for v in equation.invars if not is_literal(v)]
         of_first |= set(equation.outvars) if of_first & set(variables) else set()
         if equation.primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
-            mine = (gemm, given) if equation.invars[0] in of_first else (gemm.swapped(), swapped(given))
             lhs, rhs = operands
-            result = product(equation, mine[0], lhs, rhs, mine[1], kept)
+            result = perform(equation, lhs, rhs, equation.invars[0] not in of_first)
         else:
             result = equation.primitive.bind(*operands, **equation.params)
         values[equation.outvars[0]] = result

@@ -68,7 +68,9 @@ def emulate(
         "conv_general_dilated" a ``Recipe``, by which its operands are rounded before and its sums accumulated; or a
         function of its operands and parameters, whose operations are then rounded. A pattern must match (by
         ``re.fullmatch``) the name of a primitive, or the path of named scopes with this name last:
-        ``"attention/.*"``, ``".*/exp"``. "argument" stands for the arguments of fn, "result" for its results.
+        ``"attention/.*"``, ``".*/exp"``. "argument" stands for the arguments of fn, "result" for its results. A
+        rule is about what operations return: what they are given comes as others have left it, with more bits if
+        theirs is a longer format. Round it by a call of ``chop`` or of a function that is emulated itself.
       key: the PRNG key, for stochastic roundings. Each operation, step of a loop and shard draws its own bits.
 
     Gradients: ``grad(emulate(f))`` is straight-through, the derivative of f at the rounded numbers.
@@ -126,7 +128,8 @@ class Choice(NamedTuple):
     @property
     def argument(self) -> Quantizer | None:
         """What rounds the arguments."""
-        return _first(self.rules, "argument", "argument", ("", self.default))[1]
+        rules = tuple(rule for rule in self.rules if isinstance(rule[1], Quantizer | None))
+        return _first(rules, "argument", "argument", ("", self.default))[1]
 
     @property
     def result(self) -> Quantizer | None:
@@ -157,6 +160,8 @@ def checked(caller: str, fmt, rounding, saturate: bool, sums, rules) -> Choice:
             )
         is_format = isinstance(value, str | Format)
         known[pattern] = Quantizer(value, default.rounding, saturate=saturate) if is_format else value
+        if pattern in ("argument", "result") and not isinstance(known[pattern], Quantizer | None):
+            raise TypeError(f"{caller}: rules[{pattern!r}] must be a format, a Quantizer or None, got {value!r}.")
     return Choice(default, tuple(known.items()), tuple(orders.items()))
 
 
@@ -218,18 +223,18 @@ def planned(
         _, order = _first(choice.sums, name, path, ("", "once"))
         used.add(pattern)
         paths.update((name, path))
-        where = f"{name!r} ({_sites.source(eqn)})"
+        where = lambda: f"{name!r} ({_sites.source(eqn)})"  # noqa: E731
         if kind == "unsupported" and not pattern:
             raise ValueError(
-                f"{caller}: no rule says what becomes of the primitive {where}; rules={{{name!r}: None}} leaves it as "
-                "it is, and a format in the place of None rounds its results."
+                f"{caller}: no rule says what becomes of the primitive {where()}; rules={{{name!r}: None}} leaves it "
+                "as it is, and a format in the place of None rounds its results."
             )
         if kind == "summed" and order != "once" and name not in _arithmetic.ORDERED:
             raise ValueError(
-                f"{caller}: the sums of {where} cannot be {order!r}; pass sums={{{name!r}: 'once', '.*': {order!r}}}."
+                f"{caller}: the sums of {where()} cannot be {order!r}; pass sums={{{name!r}: 'once', '.*': {order!r}}}."
             )
         if isinstance(value, Recipe) and name not in _sites.OPERATIONS:
-            raise TypeError(f"{caller}: the rule {pattern!r} is a Recipe, for products alone; it matches {where}.")
+            raise TypeError(f"{caller}: the rule {pattern!r} is a Recipe, for products alone; it matches {where()}.")
         recipe = value if isinstance(value, Recipe) else None
         quantizer = choice.default if recipe is not None else value
         if record is not None:
@@ -243,10 +248,11 @@ def planned(
         if kind != "moved" and name not in _arithmetic.EXACT:
             for reason in filter(None, (_arithmetic.unfit(quantizer.fmt, dtype) for dtype in dtypes)):
                 raise ValueError(
-                    f"{caller}: {reason}, at {where}; run the program in a longer dtype (float64 has 53: "
+                    f"{caller}: {reason}, at {where()}; run the program in a longer dtype (float64 has 53: "
                     "jax_enable_x64 and float64 arguments), or give the operation a rule."
                 )
-        if recipe is None and all(_arithmetic.contains(quantizer.fmt, dtype) for dtype in dtypes):
+        faults = quantizer.faults
+        if recipe is None and faults is None and all(_arithmetic.contains(quantizer.fmt, dtype) for dtype in dtypes):
             return _jaxpr.KEEP
         draws.extend(x for x in (quantizer, recipe) if x is not None and x.is_stochastic and kind != "moved")
         return _arithmetic.Rounded(quantizer, order, recipe, kind)

@@ -77,7 +77,7 @@ class QTensor:
         """Returns one code an element, as uint8, uint16, uint32 or uint64."""
         bits = self.element.bits
         uint = next(u for u in (jnp.uint8, jnp.uint16, jnp.uint32, jnp.uint64) if jnp.iinfo(u).bits >= bits)
-        return _packing.unpack(self.codes, bits, self.length or 1, uint).reshape(self.shape)
+        return _packing.unpack(self.codes, bits, 1 if self.length is None else self.length, uint).reshape(self.shape)
 
     def to_ml_dtypes(self) -> np.ndarray:
         """Returns the codes as a NumPy array of the ml_dtypes or numpy dtype of the element, scales not applied.
@@ -228,7 +228,7 @@ def decode(q: QTensor) -> Inexact[Array, "..."]:
 @jax.jit
 def _decode(q: QTensor):
     c = _carrier.carrier(q.dtype)
-    codes = _packing.unpack(q.codes, q.element.bits, q.length or 1, c.uint).reshape(q.shape)
+    codes = _packing.unpack(q.codes, q.element.bits, 1 if q.length is None else q.length, c.uint).reshape(q.shape)
     scales = [_carrier.widen(_decode(s)) for s in q.scales]
     zero_points = [_carrier.widen(_decode(z)) for z in q.zero_points]
     return _carrier.narrow(_hold(_assembled(codes, q.fmt, scales, zero_points, q, c), q.dtype), q.dtype)

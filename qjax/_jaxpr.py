@@ -365,6 +365,7 @@ ENTER: dict[str, Callable[..., Any]] = {
     "closed_call": _call,
     "core_call": _call,
     "call": _call,
+    "eval_jaxpr": _call,
     "remat": _remat,
     "remat2": _remat,
     "checkpoint": _remat,

@@ -11,6 +11,7 @@ from jax import lax
 from qjax import _carrier
 from qjax._blocks import blocks_of
 from qjax._chop import random
+from qjax._encode import decode
 from qjax._modes import max_random_bits
 from qjax._quantizer import Quantizer, StraightThrough, derivative
 from qjax._scaled import Mode, multiply, quantize, quantize_apart
@@ -73,6 +74,23 @@ def from_rows(rows, axes: Axes, shape: tuple[int, ...]):
     return lax.transpose(x, np.argsort(axes.order).tolist())
 
 
+def laid_out(x, fmt: Format, axes: Axes, promote: int | None = None) -> tuple[Any, int, bool]:
+    """Returns x as a format's blocks lie in it, their axis, and whether it is in the layout that it was given in."""
+    blocks_are = {type(level.block) for level in _levels(fmt)}
+    tiled, along = tuple in blocks_are, axes.block
+    if along is None or "axis" in [level.block for level in _levels(fmt)]:
+        along = axes.contract[0] if len(axes.contract) == 1 else None
+    # The layout as it is, if blocks do not care or lie along one of its axes.
+    straight = promote is None and not tiled and (along is not None or blocks_are <= {type(None)})
+    rows = x if straight else to_rows(x, axes)
+    if tiled:
+        # A tile spans no two entries of a batch: axes that it has more than the operand has of its own have length 1.
+        longest = max(len(level.block) for level in _levels(fmt) if isinstance(level.block, tuple))
+        missing, at = longest - 1 - len(axes.free), len(axes.batch)
+        rows = rows.reshape(*rows.shape[:at], *(1,) * missing, *rows.shape[at:])
+    return rows, along if straight and along is not None else -1, straight
+
+
 def quantized(
     x,
     quantizer: Quantizer | None,
@@ -94,24 +112,11 @@ def quantized(
     if quantizer is None:
         return Operand(x)
     fmt = quantizer.fmt
-    blocks_are = {type(level.block) for level in _levels(fmt)}
-    tiled, along = tuple in blocks_are, axes.block
-    if along is None or "axis" in [level.block for level in _levels(fmt)]:
-        along = axes.contract[0] if len(axes.contract) == 1 else None
-    # The layout as it is, if blocks do not care or lie along one of its axes.
-    straight = promote is None and not tiled and (along is not None or blocks_are <= {type(None)})
-    rows = x if straight else to_rows(x, axes)
-    if tiled:
-        # A tile spans no two entries of a batch: axes that it has more than the operand has of its own have length 1.
-        longest = max(len(level.block) for level in _levels(fmt) if isinstance(level.block, tuple))
-        missing, at = longest - 1 - len(axes.free), len(axes.batch)
-        rows = rows.reshape(*rows.shape[:at], *(1,) * missing, *rows.shape[at:])
-    axis = along if straight and along is not None else -1
-
+    rows, axis, straight = laid_out(x, fmt, axes, promote)
     wide = _carrier.widen(rows)
     bits = max_random_bits(quantizer.rounding, jnp.finfo(wide.dtype).bits)
     mode = Mode(fmt, quantizer.rounding, axis, quantizer.saturate, wide.dtype)
-    options = {"scale": scale, "random": random(wide, key, None, bits)}
+    options = {"scale": scale, "random": random(wide, quantizer.keys(key)[0], None, bits)}
 
     def operand(elements, value, **parts) -> Operand:
         slope = None
@@ -119,6 +124,10 @@ def quantized(
             slope = _back(derivative(quantizer, wide, value, axis, scale), x, axes, straight)
         return Operand(_back(elements, x, axes, straight), **parts, slope=slope)
 
+    if quantizer.faults is not None:
+        # Codes with faults stand for any value, which no narrow dtype is known to hold.
+        value = decode(quantizer.encode(wide, axis=axis, key=key, scale=scale)[0])
+        return operand(value, value)
     if isinstance(fmt, Scaled):
         blocks = blocks_of(fmt, rows.shape, axis)
         constant = all(blocks.counts[a] == 1 for a in (axes.contract if straight else (-1,)))

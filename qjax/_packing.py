@@ -28,7 +28,8 @@ def pack(codes, bits: int):
         (codes,) = once(codes.astype(jnp.int16))
         codes = codes.astype(jnp.uint8)
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, -length % count)]
-    grouped = jnp.pad(codes, padding).reshape(*codes.shape[:-1], -1, count)
+    groups = -(-length // count)  # counted, for -1 stands for no length of an empty array
+    grouped = jnp.pad(codes, padding).reshape(*codes.shape[:-1], groups, count)
     columns = []
     for byte in range(size):
         column = jnp.zeros(grouped.shape[:-1], codes.dtype)
@@ -37,7 +38,7 @@ def pack(codes, bits: int):
             if -bits < place < 8:
                 column = column | (grouped[..., i] << place if place >= 0 else grouped[..., i] >> -place)
         columns.append((column & 255).astype(jnp.uint8))
-    packed = jnp.stack(columns, axis=-1).reshape(*codes.shape[:-1], -1)
+    packed = jnp.stack(columns, axis=-1).reshape(*codes.shape[:-1], groups * size)
     return packed[..., : -(-length * bits // 8)]
 
 
@@ -46,8 +47,9 @@ def unpack(packed, bits: int, length: int, uint):
     if bits in _WHOLE:
         return packed.astype(uint)
     count, size = _group(bits)
+    groups = -(-packed.shape[-1] // size)
     padding = [(0, 0)] * (packed.ndim - 1) + [(0, -packed.shape[-1] % size)]
-    grouped = jnp.pad(packed, padding).reshape(*packed.shape[:-1], -1, size).astype(uint)
+    grouped = jnp.pad(packed, padding).reshape(*packed.shape[:-1], groups, size).astype(uint)
     columns = []
     for i in range(count):
         code = jnp.zeros(grouped.shape[:-1], uint)
@@ -56,4 +58,4 @@ def unpack(packed, bits: int, length: int, uint):
             if -8 < place < bits:
                 code = code | (grouped[..., byte] << place if place >= 0 else grouped[..., byte] >> -place)
         columns.append(code & np.dtype(uint).type(2**bits - 1))
-    return jnp.stack(columns, axis=-1).reshape(*packed.shape[:-1], -1)[..., :length]
+    return jnp.stack(columns, axis=-1).reshape(*packed.shape[:-1], groups * count)[..., :length]

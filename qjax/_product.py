@@ -133,12 +133,17 @@ def _check_register(caller: str, accumulator: Accumulator, operands: list[Operan
         )
 
 
-def _grouped(x, quantizer: Quantizer, axes: Axes, groups: int, options: dict) -> Operand:
-    """Returns the lhs of a grouped convolution as an operand: blocks lie within a group."""
+def by_groups(x, axes: Axes, groups: int) -> tuple[jax.Array, Axes]:
+    """Returns the lhs of a grouped convolution with the groups as an axis, and its axes: blocks lie within a group."""
     (feature,) = axes.contract
     split = x.reshape(*x.shape[:feature], groups, x.shape[feature] // groups, *x.shape[feature + 1 :])
-    free = tuple(a for a in range(split.ndim) if a != feature + 1)
-    operand = _operand.quantized(split, quantizer, Axes((feature + 1,), (), free), **options)
+    return split, Axes((feature + 1,), (), tuple(a for a in range(split.ndim) if a != feature + 1))
+
+
+def _grouped(x, quantizer: Quantizer, axes: Axes, groups: int, options: dict) -> Operand:
+    """Returns the lhs of a grouped convolution as an operand."""
+    split, within = by_groups(x, axes, groups)
+    operand = _operand.quantized(split, quantizer, within, **options)
     slope = None if operand.slope is None else operand.slope.reshape(x.shape)
     if operand.scale is not None and operand.scale.size == 1:
         elements, scale = operand.elements.reshape(x.shape), operand.scale.reshape((1,) * x.ndim)

@@ -12,6 +12,8 @@ from jaxtyping import Array, Inexact
 from qjax import _carrier
 from qjax._blocks import blocks_of
 from qjax._chop import RoundingLike, _array, _rounding_named, chop
+from qjax._encode import QTensor, decode, encode
+from qjax._faults import Faults
 from qjax._modes import Rounding
 from qjax._scaled import Mode, quantize
 from qjax.formats import Codebook, Fixed, Float, Format, Scaled, format
@@ -76,6 +78,8 @@ class Quantizer:
       saturate: whether overflow gives the largest value, as ``chop`` says.
       estimator: the derivative that stands for that of rounding: ``StraightThrough()``, ``Clipped()``,
         ``TrustMasked()`` or a callable of your own (see ``StraightThrough``).
+      faults: ``Faults`` that strike the codes, None for none. The value is that of the codes with faults, the gradient
+        that of the estimator; with respect to a given scale there is none then.
 
     >>> import jax, jax.numpy as jnp, qjax
     >>> q = qjax.Quantizer("int4", estimator=qjax.Clipped())
@@ -88,6 +92,7 @@ class Quantizer:
     rounding: Rounding
     saturate: bool
     estimator: Estimator
+    faults: Faults | None
 
     def __init__(
         self,
@@ -96,21 +101,25 @@ class Quantizer:
         *,
         saturate: bool = True,
         estimator: Estimator = StraightThrough(),
+        faults: Faults | None = None,
     ):
         if not callable(estimator):
             raise TypeError(f"Quantizer: estimator must be callable, got {estimator!r}; use qjax.StraightThrough().")
+        if not isinstance(faults, Faults | None):
+            raise TypeError(f"Quantizer: faults must be a qjax.Faults or None, got {faults!r}.")
         for name, value in (
             ("fmt", format(fmt)),
             ("rounding", _rounding_named("Quantizer", rounding)),
             ("saturate", saturate),
             ("estimator", estimator),
+            ("faults", faults),
         ):
             object.__setattr__(self, name, value)
 
     @property
     def is_stochastic(self) -> bool:
         """Whether it needs a key."""
-        return self.rounding.is_stochastic
+        return self.rounding.is_stochastic or (self.faults is not None and self.faults.is_stochastic)
 
     def __call__(
         self, x: Inexact[Array, "*shape"], *, axis: int = -1, key: Array | None = None, scale: Array | None = None
@@ -120,15 +129,50 @@ class Quantizer:
         Raises:
           TypeError, ValueError: as ``chop`` does.
         """
-        if isinstance(self.estimator, StraightThrough):
+        if isinstance(self.estimator, StraightThrough) and self.faults is None:
             return chop(x, self.fmt, self.rounding, axis=axis, key=key, scale=scale, saturate=self.saturate)
         x = _array("Quantizer", x)
         return _estimated(x, key, scale, self, axis)
+
+    def encode(
+        self, x: Inexact[Array, "*shape"], *, axis: int = -1, key: Array | None = None, scale: Array | None = None
+    ) -> tuple[QTensor, Array]:
+        """Returns x in real storage, and how many of its bits the faults changed (int32).
+
+        ``decode`` of it is what the Quantizer called on x gives, with the same key.
+
+        Raises:
+          TypeError, ValueError: as ``qjax.encode`` and ``Faults.strike`` do.
+
+        >>> import jax, jax.numpy as jnp, qjax
+        >>> stored, changed = qjax.Quantizer("e2m1", faults=qjax.Faults(1.0, bits=(3,))).encode(
+        ...     jnp.ones(5, jnp.float32), key=jax.random.key(0))
+        >>> qjax.decode(stored), int(changed)
+        (Array([-1., -1., -1., -1., -1.], dtype=float32), 5)
+        """
+        draws, struck = self.keys(key)
+        q = encode(x, self.fmt, self.rounding, axis=axis, key=draws, scale=scale, saturate=self.saturate)
+        return (q, jnp.zeros((), jnp.int32)) if self.faults is None else self.faults.strike(q, key=struck)
+
+    def keys(self, key: Array | None) -> tuple[Array | None, Array | None]:
+        """Returns the key that rounding draws from, that of no faults, and the key of the faults; None where unused.
+
+        Raises:
+          ValueError: for a key that nothing would use.
+        """
+        if self.faults is None:
+            return key, None
+        if key is not None and not self.is_stochastic:
+            raise ValueError("Quantizer: key was given, but the rounding draws nothing and the faults have a seed.")
+        struck = jax.random.fold_in(key, 1) if key is not None and self.faults.is_stochastic else None
+        return key if self.rounding.is_stochastic else None, struck
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _estimated(x, key, scale, quantizer: Quantizer, axis: int):
     q = quantizer
+    if q.faults is not None:
+        return decode(q.encode(x, axis=axis, key=key, scale=scale)[0])
     return chop(x, q.fmt, q.rounding, axis=axis, key=key, scale=scale, saturate=q.saturate)
 
 

@@ -35,7 +35,9 @@ def total(terms, operation: Binary, order: str, key):
         if len(terms) == 1:
             return terms[0]
         pairs, odd = terms[: len(terms) // 2 * 2], terms[len(terms) // 2 * 2 :]
-        terms = jnp.concatenate([operation(pairs[::2], pairs[1::2], _folded(key, level)), odd])
+        sums = jnp.concatenate([operation(pairs[::2], pairs[1::2], _folded(key, level)), odd])
+        # Fused, each sum would be computed again for each element of the next level: XLA takes minutes to compile that.
+        terms = lax.optimization_barrier(sums)
 
 
 def totals(terms, operation: Binary, order: str, key, *, axis: int, reverse: bool):

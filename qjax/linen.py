@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
@@ -73,8 +74,13 @@ def coverage(model: nn.Module, variables: Any, *args, rule: Rule | None = None, 
 
     It is ``qjax.coverage``, and takes a rule to see what it would do. An example is at ``quantize``.
     """
-    with nn.intercept_methods(_in_scope_of_module):
+    with naming():
         return _program.coverage(model.apply, variables, *args, rule=rule, **kwargs)
+
+
+def naming() -> AbstractContextManager[None]:
+    """Returns a context in which the operations of modules are named by their paths, when they are traced in it."""
+    return nn.intercept_methods(_in_scope_of_module)
 
 
 @functools.lru_cache(maxsize=512)
@@ -119,7 +125,7 @@ def _lifted(cls: type[nn.Module], name: str, caller: str, rule_of, strict: bool,
             fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(cls) if f.init and f.name != "parent"}
             plain, args, kwargs = transforms.set_module_scopes(cls(parent=None, **fields), args, kwargs, scopes)
             object.__setattr__(plain, "_state", state.export())
-            with nn.intercept_methods(_in_scope_of_module):
+            with naming():
                 out = original(plain, *args, **kwargs)
             self._state.reimport(plain._state)
             return out

@@ -87,6 +87,24 @@ def coverage(model: nnx.Module, *args, rule: Rule | None = None, **kwargs) -> Co
     return _program.coverage(fn, state, args, kwargs, rule=rule)
 
 
+def modules(tree) -> list[nnx.Module]:
+    """Returns the modules among the leaves of a tree."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Module))
+    return [leaf for leaf in leaves if isinstance(leaf, nnx.Module)]
+
+
+def functional(fn: Callable, args: tuple, kwargs: dict[str, Any], run: Callable) -> Any:
+    """Returns ``fn(*args, **kwargs)`` by way of ``run(pure, state)``, the modules among the arguments named by path."""
+
+    def call(args, kwargs):
+        with contextlib.ExitStack() as stack:
+            for module in modules((args, kwargs)):
+                stack.enter_context(_named(module, ""))
+            return fn(*args, **kwargs)
+
+    return _functional(call, (args, kwargs), run)
+
+
 def _as(model: M, cls: type[M]) -> M:
     """Returns a module of a class with the attributes of another one."""
     twin = object.__new__(cls)

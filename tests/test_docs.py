@@ -13,6 +13,7 @@ import qjax.laws
 import qjax.linen
 import qjax.nnx
 import qjax.optim
+import qjax.stats
 import qjax.sweep
 import qjax.unit_scaling
 
@@ -58,6 +59,13 @@ def test_every_part_of_a_sweep_is_documented(name):
     assert getattr(qjax.sweep, name).__doc__
 
 
+@pytest.mark.parametrize("name", qjax.stats.__all__)
+def test_every_statistic_is_documented(name):
+    reference = (ROOT / "docs" / "api.md").read_text()
+    assert f"\n::: qjax.stats.{name}\n" in reference or f"`stats.{name}`" in reference
+    assert getattr(qjax.stats, name).__doc__
+
+
 @pytest.mark.parametrize("name", qjax.unit_scaling.__all__)
 def test_every_unit_scaled_operation_is_documented(name):
     assert f"\n::: qjax.unit_scaling.{name}\n" in (ROOT / "docs" / "api.md").read_text()
@@ -78,7 +86,7 @@ def test_every_layer_is_listed(module, flax_module):
 def test_the_reference_names_nothing_else():
     reference, modules = (
         (ROOT / "docs" / "api.md").read_text(),
-        {"laws", "linalg", "linen", "nnx", "optim", "sweep", "unit_scaling"},
+        {"collectives", "laws", "linalg", "linen", "nnx", "optim", "stats", "sweep", "unit_scaling"},
     )
     assert set(re.findall(r"^(?:::: qjax\.|### `)(\w+)", reference, re.MULTILINE)) <= {*qjax.__all__, *modules}
 

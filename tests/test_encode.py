@@ -142,3 +142,10 @@ def test_encode_refuses_what_it_cannot_hold():
         qjax.encode(jnp.ones(3, jnp.complex64), "e4m3")
     with pytest.raises(ValueError, match="have 64 bits, float32 is worked on with 32"):
         qjax.encode(jnp.ones(3, jnp.float32), "fp64")
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 3)])
+@pytest.mark.parametrize("fmt", ["e2m1", "e3m2", "e4m3", "mxfp4", "nvfp4", "int4_g8", "e5m6"])
+def test_empty_arrays_are_stored(fmt, shape):
+    q = qjax.encode(jnp.zeros(shape, jnp.float32), fmt)
+    assert q.shape == q.unpacked().shape == qjax.decode(q).shape == shape

@@ -24,8 +24,10 @@ LAYERS = (
     ("_scaled",),
     ("_chop",),
     ("_packing",),
-    ("_encode", "_quantizer", "_hadamard"),
-    ("_accumulator", "_operand", "optim"),
+    ("_encode", "_hadamard"),
+    ("_faults",),
+    ("_quantizer",),
+    ("_accumulator", "_operand", "optim", "collectives"),
     ("_recipe", "_jaxpr"),
     ("_product", "_sites", "_custom"),
     ("_dot", "_coverage", "_rules", "_sums", "recipes"),
@@ -33,6 +35,7 @@ LAYERS = (
     ("_emulate",),
     ("_operations", "_significance"),
     ("linen", "nnx"),
+    ("stats",),
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Who else may import what.

@@ -158,7 +158,7 @@ def stored(storage: Storage, x: Array, key: Any = None) -> Stored:
     laid_out = x if x.ndim and x.shape[-1] % block == 0 else x.reshape(-1)
     if isinstance(storage, Expanded):
         return Stored(storage.encode(laid_out), x.shape)
-    q = encode(laid_out, storage.fmt, storage.rounding, saturate=storage.saturate, key=key)
+    q, _ = storage.encode(laid_out, key=key)
     return Stored(q, x.shape)
 
 
