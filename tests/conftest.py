@@ -6,9 +6,16 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("qjax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("qjax")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def empty_caches():
+    """JAX remembers some thousand calls of jit in a process; once they are many, ``_cache_size`` of new ones is 0."""
+    jax.clear_caches()
