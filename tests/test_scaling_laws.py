@@ -33,7 +33,7 @@ def ratios(**levels):
 KUMAR_RUNS = grid(
     N=[30e6, 60e6, 110e6, 220e6],
     D=[1.5e9, 3e9, 6e9, 13e9, 26e9],
-    P_w=[3, 4, 5, 6, 8, 12, math.inf],
+    P_w=[3, 4, 5, 6, 12, math.inf],
     P_a=[4, 6, 12],
     P_kv=[4, 6, 12],
 )
@@ -59,7 +59,7 @@ PUBLISHED = {
         grid(
             N=[30e6, 60e6, 110e6, 220e6],
             D=[1.5e9, 6e9, 26e9],
-            P_w=[4, 6, 8, 12, math.inf],
+            P_w=[4, 6, 12, math.inf],
             P_a=[4, 6, 12],
             P_kv=[4, 6, 12],
             P_post=[2, 3, 4],
