@@ -304,7 +304,10 @@ _COLLECTIVE = re.compile(
     r"^[^=]*= (?P<shapes>.*?) (?P<name>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
 _ARRAY = re.compile(r"(?P<dtype>pred|bf16|[a-z]+\d+\w*)\[(?P<shape>[\d,]*)\]")
-_GROUPS = re.compile(r"replica_groups=(\{\{(?P<first>[\d,]*)\}|\[(?P<count>\d+),(?P<size>\d+)\])")
+# {{0,1},{2,3}}, [groups,size]<=[...], or, from jax 0.12 on, mesh['a'=2,'b'=4] {'b'}.
+_GROUPS = re.compile(
+    r"replica_groups=(\{\{(?P<first>[\d,]*)\}|\[\d+,(?P<size>\d+)\]|mesh\[(?P<mesh>[^\]]*)\] \{(?P<axes>[^}]*)\})"
+)
 
 
 def wire_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -313,6 +316,9 @@ def wire_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
     They are counted from the shapes in the text of the program, with the least that its device must send: for b bytes
     of result over n devices ``(n - 1) / n b`` in an all-gather and an all-to-all, twice that in an all-reduce,
     ``(n - 1) b`` in a reduce-scatter, b in a permutation. What a loop repeats is counted once.
+
+    Raises:
+      ValueError: if the devices of an operation cannot be read from the text.
 
     >>> import jax, jax.numpy as jnp
     >>> from qjax import collectives
@@ -325,8 +331,8 @@ def wire_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
         if operation is None:
             continue
         size = sum(_nbytes(array) for array in _ARRAY.finditer(operation["shapes"]))
-        groups, name = _GROUPS.search(line), operation["name"]
-        n = 1 if groups is None else int(groups["size"] or len(groups["first"].split(",")))
+        name = operation["name"]
+        n = 1 if name == "collective-permute" else _group_size(line)
         sent = {
             "all-gather": size * (n - 1) // n,
             "all-to-all": size * (n - 1) // n,
@@ -336,6 +342,17 @@ def wire_bytes(compiled: jax.stages.Compiled) -> dict[str, int]:
         }
         found[name] = found.get(name, 0) + sent[name]
     return found
+
+
+def _group_size(line: str) -> int:
+    """Returns how many devices take part in each group of a collective operation."""
+    groups = _GROUPS.search(line)
+    if groups is None:
+        raise ValueError(f"wire_bytes: the replica groups of this operation cannot be read: {line.strip()}")
+    if groups["mesh"]:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups["mesh"]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", groups["axes"]))
+    return int(groups["size"] or len(groups["first"].split(",")))
 
 
 def _nbytes(array: re.Match) -> int:

@@ -210,3 +210,22 @@ REFUSED = [
 def test_what_is_refused(fn, message):
     with pytest.raises(ValueError, match=message):
         mapped(fn, X)
+
+
+def test_groups_of_devices_are_read_as_every_version_writes_them():
+    class Compiled:
+        def __init__(self, groups):
+            self.groups = groups
+
+        def as_text(self):
+            return f"  %a = f32[8,4]{{1,0}} all-gather(%x), replica_groups={self.groups}, dimensions={{0}}"
+
+    for groups in (
+        "{{0,1,2,3},{4,5,6,7}}",
+        "[2,4]<=[8]",
+        "mesh['a'=2,'b'=4] {'b'}",
+        "mesh['a'=2,'b'=2,'c'=2] {'a','c'}",
+    ):
+        assert collectives.wire_bytes(Compiled(groups)) == {"all-gather": 8 * 4 * 4 * 3 // 4}
+    with pytest.raises(ValueError, match="wire_bytes: the replica groups of this operation cannot be read: %a = f32"):
+        collectives.wire_bytes(Compiled("somehow"))
