@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import _carrier, _dot, _operand, _sums, _to_odd
-from qjax._jaxpr import Key, is_literal
+from qjax import _carrier, _operand, _sites, _sums, _to_odd
+from qjax._jaxpr import Key, folded, is_literal
 from qjax._modes import Rounding
+from qjax._program import Quantized
 from qjax._quantizer import Quantizer
 from qjax._recipe import Recipe
 from qjax.formats import Fixed, Float, Format
@@ -203,7 +204,7 @@ class Rounded:
         operands = constants(eqn, operands, self.quantizer)
         name, dtype = eqn.primitive.name, eqn.outvars[0].aval.dtype
         if self.recipe is not None:
-            return rounded(self._product(eqn, operands, _folded(key, 1)), self.quantizer, key)
+            return rounded(Quantized(self.recipe)(eqn, operands, folded(key, 1), None), self.quantizer, key)
         if self.sums != "once" and name in ORDERED:
             return self._sum(eqn, operands, key)
         if name in COMPOSED:
@@ -214,13 +215,13 @@ class Rounded:
             wide = _to_odd.from_integer(operands[0], np.dtype(np.float64 if dtype == np.float64 else np.float32))
             return rounded(wide, self.quantizer, key).astype(dtype)
         params = eqn.primitive.get_bind_params(eqn.params)
-        if name in ("dot_general", "conv_general_dilated") and params["precision"] is None and dtype == np.float32:
+        if name in _sites.OPERATIONS and params["precision"] is None and dtype == np.float32:
             params |= {"precision": (lax.Precision.HIGHEST,) * 2}  # some devices would multiply with fewer bits
         out = eqn.primitive.bind(*operands, **params)
         if self.kind == "moved" and (name not in SIGNED or _is_symmetric(self.quantizer.fmt)):
             return out
         if eqn.primitive.multiple_results:
-            return [rounded(x, self.quantizer, _folded(key, i)) for i, x in enumerate(out)]
+            return [rounded(x, self.quantizer, folded(key, i)) for i, x in enumerate(out)]
         return rounded(out, self.quantizer, key)
 
     def _is_direct(self, dtype) -> bool:
@@ -240,7 +241,7 @@ class Rounded:
         name, params = eqn.primitive.name, eqn.params
         add = functools.partial(self._combined, "add")
         multiply = functools.partial(self._combined, "mul")
-        if name in ("dot_general", "conv_general_dilated"):
+        if name in _sites.OPERATIONS:
             lhs, rhs = operands
             return _sums.product(eqn, lhs, rhs, add, multiply, self.sums, key)
         (x,) = operands
@@ -263,15 +264,8 @@ class Rounded:
 
     def _composed(self, eqn, operands, key):
         numbers = itertools.count()
-        step = lambda name, *parts: self._binary(name, parts, _folded(key, next(numbers)))  # noqa: E731
+        step = lambda name, *parts: self._binary(name, parts, folded(key, next(numbers)))  # noqa: E731
         return COMPOSED[eqn.primitive.name](step, *operands, **eqn.params)
-
-    def _product(self, eqn, operands, key):
-        assert self.recipe is not None
-        operation = getattr(_dot, eqn.primitive.name)
-        options = {name: value for name, value in eqn.params.items() if value is not None}
-        options |= {"key": key.key} if self.recipe.is_stochastic else {}
-        return operation(*operands, **options, recipe=self.recipe)
 
 
 _NEAREST = frozenset((Rounding.NEAREST_EVEN, Rounding.NEAREST_AWAY, Rounding.NEAREST_ZERO, Rounding.NEAREST_ODD))
@@ -307,7 +301,3 @@ def _is_symmetric(fmt: Format) -> bool:
 def _is_longer(dtype, other) -> bool:
     """Returns whether integers of a dtype have more bits than a float dtype holds."""
     return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits > jnp.finfo(other).nmant + 1
-
-
-def _folded(key: Key | None, number: int) -> Key | None:
-    return None if key is None else key.folded(number)

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from qjax._modes import Rounding
 from qjax._quantizer import Quantizer
@@ -25,17 +25,21 @@ class Coverage(tuple[Site, ...]):
         return Coverage(site for site in self if not site.is_quantized)
 
     def __str__(self) -> str:
-        rows = [HEADER, *map(_row, self)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [" | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "-|-".join("-" * n for n in widths))
-        return "\n".join([*lines, self._summary()])
+        return f"{table([HEADER, *map(_row, self)])}\n{self._summary()}"
 
     def _summary(self) -> str:
         done = [site for site in self if site.is_quantized]
         total = sum(site.multiply_adds for site in self)
         share = sum(site.multiply_adds for site in done) / total if total else 0
         return f"{len(done)} of {len(self)} dots quantized, {100 * share:.1f} % of the multiply-adds"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows of text, the header first, as a table in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-|-".join("-" * n for n in widths))
+    return "\n".join(lines)
 
 
 def _row(site: Site) -> tuple[str, ...]:

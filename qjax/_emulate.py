@@ -17,6 +17,7 @@ from qjax._chop import RoundingLike
 from qjax._modes import Rounding
 from qjax._quantizer import Quantizer
 from qjax._recipe import Recipe
+from qjax._rules import check_pattern
 from qjax.formats import Format
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -148,11 +149,11 @@ def checked(caller: str, fmt, rounding, saturate: bool, sums, rules) -> Choice:
     for pattern, order in orders.items():
         if order not in _sums.ORDERS:
             raise ValueError(f"{caller}: sums must be one of {', '.join(map(repr, _sums.ORDERS))}, got {order!r}.")
-        _check_pattern(caller, pattern)
+        check_pattern(caller, pattern)
     orders.setdefault(".*", "once")
     known = {}
     for pattern, value in (rules or {}).items():
-        _check_pattern(caller, pattern)
+        check_pattern(caller, pattern)
         if not (value is None or isinstance(value, str | Format | Quantizer | Recipe) or callable(value)):
             raise TypeError(
                 f"{caller}: rules[{pattern!r}] must be a format, a Quantizer, a Recipe, a function or None, "
@@ -163,13 +164,6 @@ def checked(caller: str, fmt, rounding, saturate: bool, sums, rules) -> Choice:
         if pattern in ("argument", "result") and not isinstance(known[pattern], Quantizer | None):
             raise TypeError(f"{caller}: rules[{pattern!r}] must be a format, a Quantizer or None, got {value!r}.")
     return Choice(default, tuple(known.items()), tuple(orders.items()))
-
-
-def _check_pattern(caller: str, pattern) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{caller}: pattern {pattern!r} is not a regular expression: {error}.") from None
 
 
 def _first(rules: tuple, name: str, path: str, default: tuple) -> tuple:

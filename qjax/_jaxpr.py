@@ -45,6 +45,11 @@ class Key(NamedTuple):
         return self.key if self.words is None else _random.Whitened(self.words)
 
 
+def folded(key: Key | None, number) -> Key | None:
+    """Returns ``key.folded(number)``, None for None."""
+    return None if key is None else key.folded(number)
+
+
 class Enter(NamedTuple):
     """What replaces an equation with jaxprs of its own: itself, with these replaced.
 

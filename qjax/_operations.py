@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from qjax import _emulate, _jaxpr, _sites
 from qjax._chop import RoundingLike
-from qjax._coverage import format_text
+from qjax._coverage import format_text, table
 from qjax._modes import Rounding
 from qjax._quantizer import Quantizer
 from qjax._recipe import Recipe
@@ -48,10 +48,7 @@ class Operations(tuple[Operation, ...]):
             counts[operation.path, operation.kind, operation.rounding] += operation.times
         rows = [("operation", "kind", "rounding", "times")]
         rows += [(path, kind, rounding or "-", str(n)) for (path, kind, rounding), n in counts.items()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [" | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "-|-".join("-" * n for n in widths))
-        return "\n".join(lines)
+        return table(rows)
 
 
 def operations(

@@ -226,10 +226,10 @@ def plan_of(
         if recipe.is_stochastic:
             stochastic.append(site)
         if recipe.history is None:
-            return _Replacement(recipe)
+            return Quantized(recipe)
         name = site.path if site.path not in state else f"{site.path}#{_count(state, site.path) + 1}"
         state[name] = {k: jnp.broadcast_to(h, (*site.steps, *h.shape)) for k, h in recipe.init().items()}
-        return _Replacement(recipe, name)
+        return Quantized(recipe, name)
 
     return Planned(program, find(program, replace, root), stochastic, state)
 
@@ -239,7 +239,7 @@ def _count(state: State, path: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Replacement:
+class Quantized:
     """A quantized operation in the place of lax's."""
 
     recipe: Recipe

@@ -16,10 +16,7 @@ def checked(caller: str, rule: Rule) -> Checked:
     """Returns a rule as a hashable value, or raises what is wrong with it in itself."""
     if isinstance(rule, Mapping):
         for pattern, recipe in rule.items():
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"{caller}: pattern {pattern!r} is not a regular expression: {error}.") from None
+            check_pattern(caller, pattern)
             _check_recipe(caller, f"rule[{pattern!r}]", recipe)
         return tuple(rule.items())
     if not isinstance(rule, Recipe) and not callable(rule):
@@ -28,6 +25,14 @@ def checked(caller: str, rule: Rule) -> Checked:
             f"got {type(rule).__name__}."
         )
     return rule
+
+
+def check_pattern(caller: str, pattern) -> None:
+    """Raises if a pattern is no regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{caller}: pattern {pattern!r} is not a regular expression: {error}.") from None
 
 
 def recipes_of(rule: Checked) -> list[Recipe] | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qjax import _operand, _product
-from qjax._jaxpr import Key
+from qjax._jaxpr import folded
 
 Binary = Callable[..., jax.Array]
 """A rounded operation of two arrays and a key, ``(a, b, key) -> Array``."""
@@ -28,14 +28,14 @@ def total(terms, operation: Binary, order: str, key):
 
         def step(sum_, term):
             place, term = term
-            return operation(sum_, term, _folded(key, place)), None
+            return operation(sum_, term, folded(key, place)), None
 
         return lax.scan(step, terms[0], (jnp.arange(1, len(terms)), terms[1:]))[0]
     for level in itertools.count():
         if len(terms) == 1:
             return terms[0]
         pairs, odd = terms[: len(terms) // 2 * 2], terms[len(terms) // 2 * 2 :]
-        sums = jnp.concatenate([operation(pairs[::2], pairs[1::2], _folded(key, level)), odd])
+        sums = jnp.concatenate([operation(pairs[::2], pairs[1::2], folded(key, level)), odd])
         # Fused, each sum would be computed again for each element of the next level: XLA takes minutes to compile that.
         terms = lax.optimization_barrier(sums)
 
@@ -44,7 +44,7 @@ def totals(terms, operation: Binary, order: str, key, *, axis: int, reverse: boo
     """Returns the sums of the first term, the first two terms, and so on, along an axis."""
     if order == "pairwise":
         number = itertools.count()
-        fn = lambda a, b: operation(a, b, _folded(key, next(number)))  # noqa: E731
+        fn = lambda a, b: operation(a, b, folded(key, next(number)))  # noqa: E731
         return lax.associative_scan(fn, terms, reverse=reverse, axis=axis)
     terms = jnp.moveaxis(terms, axis, 0)
     if len(terms) == 0:
@@ -53,7 +53,7 @@ def totals(terms, operation: Binary, order: str, key, *, axis: int, reverse: boo
 
     def step(sum_, term):
         place, term = term
-        sum_ = operation(sum_, term, _folded(key, place))
+        sum_ = operation(sum_, term, folded(key, place))
         return sum_, sum_
 
     sums = lax.scan(step, first[0], (jnp.arange(len(rest)), rest), reverse=reverse)[1]
@@ -70,13 +70,13 @@ def product(equation, lhs, rhs, add: Binary, multiply: Binary, order: str, key):
         x, y, output = _product.conv_rows(equation, lhs, rhs)
     if x.shape[-1] == 0:
         return output(jnp.zeros((*x.shape[:2], y.shape[1]), dtype))
-    keys = [_folded(key, i) for i in range(2)]
+    keys = [folded(key, i) for i in range(2)]
     if order == "sequential":
 
         def step(sum_, terms):
             place, x, y = terms
-            part = multiply(*jnp.broadcast_arrays(x[:, :, None], y[:, None, :]), _folded(keys[0], place))
-            return jnp.where(place == 0, part, add(sum_, part, _folded(keys[1], place))), None
+            part = multiply(*jnp.broadcast_arrays(x[:, :, None], y[:, None, :]), folded(keys[0], place))
+            return jnp.where(place == 0, part, add(sum_, part, folded(keys[1], place))), None
 
         places = jnp.arange(x.shape[-1])
         start = jnp.zeros((*x.shape[:2], y.shape[1]), dtype)
@@ -85,8 +85,8 @@ def product(equation, lhs, rhs, add: Binary, multiply: Binary, order: str, key):
 
     def row(terms):
         place, x = terms
-        parts = multiply(*jnp.broadcast_arrays(x[:, None, :], y), _folded(keys[0], place))
-        return total(jnp.moveaxis(parts, -1, 0), add, order, _folded(keys[1], place))
+        parts = multiply(*jnp.broadcast_arrays(x[:, None, :], y), folded(keys[0], place))
+        return total(jnp.moveaxis(parts, -1, 0), add, order, folded(keys[1], place))
 
     # The products of as many rows at once as fit a cache or two.
     batch = max(2**20 // max(math.prod(y.shape), 1), 1)
@@ -107,7 +107,3 @@ def windows(x, params: dict, empty):
         x = _operand.windows(x, 2 * axis, window, stride, dilation)
     x = jnp.moveaxis(x, range(1, x.ndim, 2), range(x.ndim // 2))
     return x.reshape(math.prod(params["window_dimensions"]), *x.shape[x.ndim // 2 :])
-
-
-def _folded(key: Key | None, number) -> Key | None:
-    return None if key is None else key.folded(number)

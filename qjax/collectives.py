@@ -100,9 +100,7 @@ def psum(
     (error feedback); Tang et al. (2021), 1-bit Adam, https://arxiv.org/abs/2102.02888, section 4 (of the terms and of
     the sums); Patarasuk and Yuan (2009), https://doi.org/10.1016/j.jpdc.2008.09.002 (rings).
     """
-    wire = _checked("psum", fmt, rounding, key)._replace(saturate=saturate)
-    if order not in ("direct", "ring"):
-        raise ValueError(f"psum: order must be 'direct' or 'ring', got {order!r}.")
+    wire = _checked("psum", fmt, rounding, saturate, key, order)
     if feedback is not None and order == "ring":
         raise ValueError("psum: feedback is for order='direct'; in a ring the partial sums have no owner to keep it.")
     leaves, tree = jax.tree.flatten(x)
@@ -145,9 +143,7 @@ def psum_scatter(
     Raises:
       TypeError, ValueError: as ``psum``; if the devices do not divide the dimension.
     """
-    wire = _checked("psum_scatter", fmt, rounding, key)._replace(saturate=saturate)
-    if order not in ("direct", "ring"):
-        raise ValueError(f"psum_scatter: order must be 'direct' or 'ring', got {order!r}.")
+    wire = _checked("psum_scatter", fmt, rounding, saturate, key, order)
     n, whole = lax.axis_size(axis_name), functools.partial(lax.psum_scatter, axis_name=axis_name)
     whole = functools.partial(whole, scatter_dimension=scatter_dimension, tiled=tiled)
 
@@ -194,7 +190,7 @@ def all_gather(
     Raises:
       TypeError, ValueError: as ``psum``.
     """
-    wire = _checked("all_gather", fmt, rounding, key)._replace(saturate=saturate)
+    wire = _checked("all_gather", fmt, rounding, saturate, key)
 
     def gathered(y, key, _):
         keys = None if key is None else _own(key, axis_name)[None]
@@ -224,7 +220,9 @@ def init_feedback(x: Any, axis_size: int) -> Any:
     )
 
 
-def _checked(caller: str, fmt, rounding, key) -> _Wire:
+def _checked(caller: str, fmt, rounding, saturate: bool, key, order: str = "direct") -> _Wire:
+    if order not in ("direct", "ring"):
+        raise ValueError(f"{caller}: order must be 'direct' or 'ring', got {order!r}.")
     fmt, rounding = format(fmt), _rounding_named(caller, rounding)
     level = fmt
     while isinstance(level, Scaled):
@@ -234,7 +232,7 @@ def _checked(caller: str, fmt, rounding, key) -> _Wire:
     if rounding.is_stochastic != (key is not None):
         what = "needs key=jax.random.key(...)" if key is None else "draws nothing; leave key out"
         raise ValueError(f"{caller}: rounding {rounding.value!r} {what}.")
-    return _Wire(fmt, rounding, False)
+    return _Wire(fmt, rounding, saturate)
 
 
 def _wide(x) -> np.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax import _coverage
 from qjax._coverage import format_text
 from qjax.stats._observe import OPERANDS, Probes, What, copied, observe, probes, unpacked
 from qjax.stats._stats import Stats
@@ -80,10 +81,7 @@ class Report(Mapping[tuple[str, str], Stats]):
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     """Returns rows as lines of text under a header."""
     cells = [columns, *([_cell(name, row[name]) for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [" | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in cells]
-    lines.insert(1, "-|-".join("-" * n for n in widths))
-    return "\n".join(lines)
+    return _coverage.table(cells)
 
 
 _SHARES = ("zeros", "nans", "infinities", "underflows", "saturations", "to_nan", "to_infinity", "outliers")
