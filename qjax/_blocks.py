@@ -5,9 +5,22 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from qjax.formats import Scaled
+
+
+class Rows(NamedTuple):
+    """An array of ``shape`` laid out with its axes in an ``order``, and seen in another shape of as many elements."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def undone(self, rows):
+        """Returns the array."""
+        x = rows.reshape(tuple(self.shape[a] for a in self.order))
+        return lax.transpose(x, np.argsort(self.order).tolist())
 
 
 class Blocks(NamedTuple):

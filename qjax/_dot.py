@@ -11,9 +11,9 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array
 
-from qjax._encode import QTensor, decode
+from qjax._encode import QTensor, decode, is_qtensor
 from qjax._jaxpr import is_literal
-from qjax._operand import Operand, restored, stored
+from qjax._operand import Followed, Operand, restored, stored
 from qjax._product import axes_of, product, rotated, swapped
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm, Recipe
@@ -40,7 +40,8 @@ def dot_general(
 
     Args:
       lhs, rhs, dimension_numbers, precision, preferred_element_type, out_sharding: as in ``jax.lax.dot_general``. A
-        ``precision`` that names an algorithm keeps the operands in their own dtype.
+        ``precision`` that names an algorithm keeps the operands in their own dtype. An operand may be a ``QTensor``:
+        in the format of the recipe its codes are what is multiplied, in another one its values are rounded.
       recipe: a ``Recipe``; an empty one or None is ``jax.lax.dot_general``, bit for bit, gradients included.
       key: the PRNG key of a stochastic recipe. Each operand gets its own.
       state: that of a recipe with delayed scaling (``Recipe.init``).
@@ -118,6 +119,8 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
     if (recipe.history is None) != (state is None):
         what = "needs state=recipe.init()" if state is None else "has no delayed scaling; leave state out"
         raise ValueError(f"{caller}: the recipe {what}.")
+    codes = tuple(_stored_in(x) for x in (lhs, rhs))
+    lhs, rhs = (x.value if isinstance(x, Followed) else decode(x) for x in (lhs, rhs))
     if recipe.is_empty:
         return operation(lhs, rhs, **options)
     for name, x in (("lhs", lhs), ("rhs", rhs)):
@@ -134,9 +137,16 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
             )
     static = Static(operation, settings(options), recipe, (lhs.dtype, rhs.dtype))
     if not any(isinstance(x, Tracer) for x in (lhs, rhs)):
-        return _product(static, lhs, rhs, key, state)
+        return _product(static, lhs, rhs, key, state, codes)
     with marked(jax.make_jaxpr(static.product)(lhs, rhs).jaxpr.eqns[-1], recipe):
-        return _product(static, lhs, rhs, key, state)
+        return _product(static, lhs, rhs, key, state, codes)
+
+
+def _stored_in(x) -> Followed | None:
+    """Returns what an operand is read from, None if it is an array that comes from anywhere."""
+    if is_qtensor(x):
+        return Followed(None, x, tuple(range(len(x.shape))))
+    return Followed(None, x.source, x.order) if isinstance(x, Followed) else None
 
 
 def settings(options: dict[str, Any]) -> tuple:
@@ -176,8 +186,9 @@ _FORWARD, _DLHS, _DRHS = 0, 1, 2
 _TENSORS = (("lhs", "rhs"), ("gradient", "rhs"), ("lhs", "gradient"))
 
 
-def given_to(key, state, number: int, gemm: Gemm) -> dict[str, Any]:
-    """Returns the keys of the stochastic parts of a product, and the scales of its operands if they are delayed."""
+def given_to(key, state, number: int, gemm: Gemm, codes: tuple = (None, None)) -> dict[str, Any]:
+    """Returns the keys of the stochastic parts of a product, the scales of its operands if they are delayed, their codes.
+    """
     numbers = {"lhs": 2 * number, "rhs": 2 * number + 1, "accumulator": 6 + number, "rotate": 9 + number}
     numbers |= {"rotate_lhs": 12 + 2 * number, "rotate_rhs": 13 + 2 * number}
     parts = {name: getattr(gemm, name) for name in numbers}
@@ -192,7 +203,7 @@ def given_to(key, state, number: int, gemm: Gemm) -> dict[str, Any]:
             largest = jnp.max(state[tensor])
             scale = largest / np.float32(quantizer.fmt.element.max)
             given[f"{name}_scale"] = jnp.where((largest > 0) & jnp.isfinite(scale), scale, np.float32(1))
-    return given
+    return given | dict(zip(("lhs_stored", "rhs_stored"), codes, strict=True))
 
 
 def _recorded(history, x):
@@ -201,15 +212,15 @@ def _recorded(history, x):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static: Static, lhs, rhs, key, state):
-    return _product_forward(static, lhs, rhs, key, state)[0]
+def _product(static: Static, lhs, rhs, key, state, codes):
+    return _product_forward(static, lhs, rhs, key, state, codes)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _product_forward(static: Static, lhs, rhs, key, state):
+def _product_forward(static: Static, lhs, rhs, key, state, codes):
     recipe, gemm = static.recipe, static.recipe.forward
     kept: list[Operand] = []
-    given = given_to(key, state, _FORWARD, gemm)
+    given = given_to(key, state, _FORWARD, gemm, codes)
     out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, given, kept)
     residuals = []
     for place, (x, save) in enumerate(((lhs, recipe.save_lhs), (rhs, recipe.save_rhs))):
@@ -268,7 +279,7 @@ def _product_backward(static: Static, residuals, gradient):
             turned = free(free(turned) * slope.astype(x.dtype), inverse=True)
         results.append(rotated(turned, turn, where, given["rotate"], inverse=True))
     following = recorded and recorded | {"gradient": _recorded(state["gradient"], gradient)}
-    return *results, None, following
+    return *results, None, following, None
 
 
 _product.defvjp(_product_forward, _product_backward)

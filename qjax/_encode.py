@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Inexact, UInt
 
 from qjax import _carrier, _packing
-from qjax._blocks import blocks_of
+from qjax._blocks import Rows, blocks_of
 from qjax._carrier import Carrier
 from qjax._chop import RoundingLike, _checked, random
 from qjax._modes import Rounding
@@ -22,7 +22,7 @@ from qjax.formats import FP32, FP64, Codebook, Fixed, Float, Format, Scaled
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["codes", "scales", "zero_points"],
-    meta_fields=["fmt", "length", "dtype", "axis"],
+    meta_fields=["fmt", "length", "dtype", "axis", "rows"],
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
@@ -39,6 +39,8 @@ class QTensor:
       length: the length of the last axis, None for a scalar.
       dtype: the dtype that ``decode`` returns.
       axis: the axis of the blocks, counted from the end.
+      rows: None, or how the array was laid out before it was encoded, as ``quantize_params`` does where blocks span
+        several axes of a weight: codes and scales are of the rows, ``shape`` is of the array.
 
     It is a pytree: it crosses jit, vmap, scan and device_put.
 
@@ -57,10 +59,16 @@ class QTensor:
     length: int | None
     dtype: Any
     axis: int
+    rows: Rows | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the decoded array."""
+        return self.shape_of_codes if self.rows is None else self.rows.shape
+
+    @property
+    def shape_of_codes(self) -> tuple[int, ...]:
+        """The shape of ``unpacked()``: that of the rows, if there are such."""
         return () if self.length is None else (*self.codes.shape[:-1], self.length)
 
     @property
@@ -77,7 +85,7 @@ class QTensor:
         """Returns one code an element, as uint8, uint16, uint32 or uint64."""
         bits = self.element.bits
         uint = next(u for u in (jnp.uint8, jnp.uint16, jnp.uint32, jnp.uint64) if jnp.iinfo(u).bits >= bits)
-        return _packing.unpack(self.codes, bits, 1 if self.length is None else self.length, uint).reshape(self.shape)
+        return _packing.unpack(self.codes, bits, 1 if self.length is None else self.length, uint).reshape(self.shape_of_codes)
 
     def to_ml_dtypes(self) -> np.ndarray:
         """Returns the codes as a NumPy array of the ml_dtypes or numpy dtype of the element, scales not applied.
@@ -212,37 +220,59 @@ def _nan_code(fmt: Float) -> int:
     return 1 << (fmt.bits - 1) if fmt.signed else fmt.max_code + 2
 
 
-def decode(q: QTensor) -> Inexact[Array, "..."]:
-    """Returns the array that a ``QTensor`` stores, in the dtype that was encoded.
+def decode(q: Any) -> Any:
+    """Returns the array that a ``QTensor`` stores, in the dtype that was encoded; of a tree, that with all decoded.
 
     Under ``vmap`` a QTensor decodes as it was encoded. Codes that stand for no value (a NaN, an unused code of a
-    codebook) decode to NaN; the unused subnormal codes of a format without subnormals to zero.
+    codebook) decode to NaN; the unused subnormal codes of a format without subnormals to zero. What is no QTensor in a
+    tree stays as it is.
 
     >>> import jax.numpy as jnp, qjax
     >>> qjax.decode(qjax.encode(jnp.array([0.1, 20.0], jnp.float32), "q4.4"))
     Array([0.125 , 7.9375], dtype=float32)
     """
-    return _decode(q)
+    return jax.tree.map(lambda x: _decode(x) if is_qtensor(x) else x, q, is_leaf=is_qtensor)
+
+
+def is_qtensor(x: Any) -> bool:
+    """Returns whether x is a ``QTensor``: what is a leaf where trees are mapped over."""
+    return isinstance(x, QTensor)
 
 
 @jax.jit
 def _decode(q: QTensor):
     c = _carrier.carrier(q.dtype)
-    codes = _packing.unpack(q.codes, q.element.bits, 1 if q.length is None else q.length, c.uint).reshape(q.shape)
-    scales = [_carrier.widen(_decode(s)) for s in q.scales]
-    zero_points = [_carrier.widen(_decode(z)) for z in q.zero_points]
-    return _carrier.narrow(_hold(_assembled(codes, q.fmt, scales, zero_points, q, c), q.dtype), q.dtype)
+    x = _carrier.narrow(_hold(_assembled(*_parts(q), q.fmt, q, c), q.dtype), q.dtype)
+    return x if q.rows is None else q.rows.undone(x)
 
 
-def _assembled(codes, fmt: Format, scales: list, zero_points: list, q: QTensor, c: Carrier):
+def decode_apart(q: QTensor) -> tuple[Any, Any]:
+    """Returns what ``quantize_apart`` gave of an array that is stored in a ``Scaled`` format, as it was laid out."""
+    fmt, c = q.fmt, _carrier.carrier(q.dtype)
+    assert isinstance(fmt, Scaled)
+    codes, (scale, *scales), zero_points = _parts(q)
+    elements = _assembled(codes, scales, [], fmt.element, q, c)
+    return elements - blocks_of(fmt, q.shape_of_codes, q.axis).spread(zero_points[0]) if zero_points else elements, scale
+
+
+def _parts(q: QTensor) -> tuple[Any, list, list]:
+    """Returns the codes, one an element, and the scales and zero points as numbers."""
+    c = _carrier.carrier(q.dtype)
+    length = 1 if q.length is None else q.length
+    codes = _packing.unpack(q.codes, q.element.bits, length, c.uint).reshape(q.shape_of_codes)
+    scales, zero_points = ([_carrier.widen(_decode(x)) for x in parts] for parts in (q.scales, q.zero_points))
+    return codes, scales, zero_points
+
+
+def _assembled(codes, scales: list, zero_points: list, fmt: Format, q: QTensor, c: Carrier):
     if not isinstance(fmt, Scaled):
         return _values(codes, fmt, 0, c)
-    blocks = blocks_of(fmt, q.shape, q.axis)
+    blocks = blocks_of(fmt, q.shape_of_codes, q.axis)
     scale = blocks.spread(scales[0] if _is_carrier(fmt.scale, c) else once_per_block(scales[0]))
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
         shift = _carrier.exponent(_carrier.to_bits(scale, c), c)
         return jnp.where(jnp.isnan(scale), c.float(np.nan), _values(codes, fmt.element, shift, c))
-    value = _assembled(codes, fmt.element, scales[1:], zero_points, q, c)
+    value = _assembled(codes, scales[1:], zero_points, fmt.element, q, c)
     if zero_points:
         value = value - blocks.spread(zero_points[0])
     return multiply(value, scale)

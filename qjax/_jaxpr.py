@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import _random
+from qjax._operand import Followed
 
 if TYPE_CHECKING:
     from jax.extend import core
@@ -186,6 +187,9 @@ def evaluate(
 ) -> list[Any]:
     """Returns the outputs of a jaxpr with the equations of a plan replaced.
 
+    Arguments that are ``Followed`` stay so through transpositions, conversions between floats and into the operations that
+    have replacements in them; replacements are given them, all else their values.
+
     With a key, each replacement gets one of its own: the number of the replacement is folded in, in loops that of the
     iteration, in ``shard_map`` that of the shard. Of the state each gets the entry of its name, in a scan its step's.
     """
@@ -206,11 +210,15 @@ def evaluate(
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
         with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
             if i not in numbered:
-                out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+                out = eqn.primitive.bind(*map(value_of, operands), **eqn.primitive.get_bind_params(eqn.params))
+                if eqn.primitive.name in _FOLLOWING and isinstance(operands[0], Followed):
+                    out = _FOLLOWING[eqn.primitive.name](operands[0], out, eqn.params)
             else:
                 number, replacement = numbered[i]
                 own = None if keys is None or words is None else Key(keys[number], words[number])
                 if isinstance(replacement, Enter):
+                    if replacement.run is not None or eqn.primitive.name not in _FOLLOWED_INTO:
+                        operands = [value_of(x) for x in operands]
                     if replacement.before is not None:
                         operands = replacement.before(eqn, operands)
                     plans = dict(replacement.plans)
@@ -221,7 +229,24 @@ def evaluate(
                 else:
                     out = replacement(eqn, operands, _shard_key(own, eqn), state and state.get(replacement.name))
         env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    return [value_of(read(v)) for v in jaxpr.outvars]
+
+
+def value_of(x):
+    """Returns the array that an operand is."""
+    return x.value if isinstance(x, Followed) else x
+
+
+def _transposed(x: Followed, out, params) -> Followed:
+    return Followed(out, x.source, tuple(x.order[a] for a in params["permutation"]))
+
+
+def _converted(x: Followed, out, params):
+    return Followed(out, x.source, x.order) if jnp.issubdtype(out.dtype, jnp.floating) else out
+
+
+_FOLLOWING = {"transpose": _transposed, "convert_element_type": _converted}
+"""The operations that an array is followed through: from it, their result and parameters to what is followed then."""
 
 
 def run(closed: Any, plan: Plan, args: Sequence[Any], key, state=None) -> list[Any]:
@@ -258,6 +283,8 @@ def _jit(params, plans, args, key, state):
     # Equal plans share one compiled function, so that a jitted helper is not compiled again in each eager call.
     names = ("in_shardings", "out_shardings", "donated_invars", "keep_unused", "inline", "compiler_options_kvs", "name")
     settings = tuple((name, params[name]) for name in names)
+    if any(map(_is_specified, params["in_shardings"])):  # those of arrays, which codes do not have
+        args = [value_of(x) for x in args]
     return _jitted(params["jaxpr"], plans["jaxpr"][0], settings)(key, state, *args)
 
 
@@ -303,6 +330,7 @@ def _scan(params, plans, args, key, state):
     else:
         start, end = params["num_consts"], params["num_consts"] + params["num_carry"]
         consts, init, xs = args[:start], args[start:end], args[end:]
+    init, xs = [value_of(x) for x in init], [value_of(x) for x in xs]
     steps = None if key is None else jnp.arange(params["length"], dtype=jnp.uint32)
     mine = state and {name: state[name] for name in _names(plans["jaxpr"][0]) & set(state)}
 
@@ -383,3 +411,4 @@ ENTER: dict[str, Callable[..., Any]] = {
 
 What is unsteady (``Place``) hands no state on.
 """
+_FOLLOWED_INTO = frozenset(ENTER) - {"while", "shard_map"}

@@ -1,5 +1,7 @@
 """The operands of a product: rounded, scales apart where they can be, and the dtypes that hold them exactly."""
 
+import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,9 +11,9 @@ import numpy as np
 from jax import lax
 
 from qjax import _carrier
-from qjax._blocks import blocks_of
+from qjax._blocks import Rows, blocks_of
 from qjax._chop import random
-from qjax._encode import decode
+from qjax._encode import QTensor, decode, decode_apart
 from qjax._modes import max_random_bits
 from qjax._quantizer import Quantizer, StraightThrough, derivative
 from qjax._scaled import Mode, multiply, quantize, quantize_apart
@@ -62,6 +64,28 @@ class Operand(NamedTuple):
         return self.elements if self.scale is None else self.elements.astype(self.scale.dtype) * self.scale
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value", "source"], meta_fields=["order"])
+@dataclasses.dataclass(frozen=True)
+class Followed:
+    """An array of a program that is another one, its source, with the axes in an ``order``.
+
+    Attributes:
+      value: the array.
+      source: the ``QTensor`` that it is read from, or another pytree that stands for where it comes from.
+      order: the axis of the source that each axis is.
+    """
+
+    value: Any
+    source: Any
+    order: tuple[int, ...]
+
+    def axes_of_source(self, axes: Axes) -> Axes:
+        """Returns the axes of the source that those of the value are, with neither batch nor free ones in an order."""
+        contract, batch, free = (tuple(self.order[a] for a in part) for part in axes[:3])
+        block = None if axes.block is None else self.order[axes.block]
+        return Axes(contract, tuple(sorted(batch)), tuple(sorted(free)), block)
+
+
 def to_rows(x, axes: Axes):
     """Returns x as (batch axes, free axes, contraction)."""
     kept = tuple(x.shape[a] for a in (*axes.batch, *axes.free))
@@ -70,25 +94,70 @@ def to_rows(x, axes: Axes):
 
 def from_rows(rows, axes: Axes, shape: tuple[int, ...]):
     """Returns the inverse of ``to_rows`` for an array of ``shape``."""
-    x = rows.reshape(tuple(shape[a] for a in axes.order))
-    return lax.transpose(x, np.argsort(axes.order).tolist())
+    return Rows(shape, axes.order).undone(rows)
+
+
+def _along(fmt: Format, axes: Axes) -> tuple[int, bool]:
+    """Returns the axis of the blocks of a format, and whether they lie in the layout that an array was given in."""
+    blocks_are = {type(level.block) for level in _levels(fmt)}
+    along = axes.block
+    if along is None or "axis" in [level.block for level in _levels(fmt)]:
+        along = axes.contract[0] if len(axes.contract) == 1 else None
+    # The layout as it is, if blocks do not care or lie along one of its axes.
+    straight = tuple not in blocks_are and (along is not None or not has_direction(fmt))
+    return along if straight and along is not None else -1, straight
 
 
 def laid_out(x, fmt: Format, axes: Axes, promote: int | None = None) -> tuple[Any, int, bool]:
     """Returns x as a format's blocks lie in it, their axis, and whether it is in the layout that it was given in."""
-    blocks_are = {type(level.block) for level in _levels(fmt)}
-    tiled, along = tuple in blocks_are, axes.block
-    if along is None or "axis" in [level.block for level in _levels(fmt)]:
-        along = axes.contract[0] if len(axes.contract) == 1 else None
-    # The layout as it is, if blocks do not care or lie along one of its axes.
-    straight = promote is None and not tiled and (along is not None or blocks_are <= {type(None)})
-    rows = x if straight else to_rows(x, axes)
-    if tiled:
+    axis, straight = _along(fmt, axes)
+    if straight and promote is None:
+        return x, axis, True
+    rows = to_rows(x, axes)
+    tiles = [len(level.block) for level in _levels(fmt) if isinstance(level.block, tuple)]
+    if tiles:
         # A tile spans no two entries of a batch: axes that it has more than the operand has of its own have length 1.
-        longest = max(len(level.block) for level in _levels(fmt) if isinstance(level.block, tuple))
-        missing, at = longest - 1 - len(axes.free), len(axes.batch)
+        missing, at = max(tiles) - 1 - len(axes.free), len(axes.batch)
         rows = rows.reshape(*rows.shape[:at], *(1,) * missing, *rows.shape[at:])
-    return rows, along if straight and along is not None else -1, straight
+    return rows, -1, False
+
+
+def has_direction(fmt: Format) -> bool:
+    """Returns whether it matters to a format which axes are contracted: whether it has blocks along some of them."""
+    return any(level.block is not None for level in _levels(fmt))
+
+
+def stored_weight(x, quantizer: Quantizer, axes: Axes | None, key=None) -> QTensor:
+    """Returns x in the storage that a product with these axes reads it from, None for a format without direction."""
+    wide, axis, straight = _carrier.widen(x), -1, True
+    if axes is not None:
+        wide, axis, straight = laid_out(wide, quantizer.fmt, axes)
+    q, _ = quantizer.encode(wide, axis=axis, key=key)
+    rows = None if straight or axes is None else Rows(x.shape, axes.order)
+    return dataclasses.replace(q, dtype=x.dtype, rows=rows)
+
+
+def is_stored(stored: Followed | None, quantizer: Quantizer | None, axes: Axes) -> bool:
+    """Returns whether a product reads an operand from what is stored, rather than to round its value.
+
+    Raises:
+      ValueError: if it is stored in the format of the operand, but not as this product needs it.
+    """
+    if stored is None or quantizer is None or stored.source.fmt != quantizer.fmt:
+        return False
+    q, mine = stored.source, stored.axes_of_source(axes)
+    axis, straight = _along(q.fmt, mine)
+    rows = None if straight else Rows(q.shape, mine.order)
+    if quantizer.faults is None and not has_direction(q.fmt):
+        return True
+    if quantizer.faults is not None or q.rows != rows or (rows is None and (q.axis - axis) % len(q.shape)):
+        lies = f"along axis {q.axis % len(q.shape)}" if q.rows is None else f"in rows of the axes {q.rows.order}"
+        raise ValueError(
+            f"quantize: an operand of shape {q.shape} is stored in {q.fmt!r} with blocks {lies}; this product has them "
+            f"along its contraction over {mine.contract}, and no faults. Store it with "
+            "axes=qjax.contracted(fn, params, ...), or store it in another format."
+        )
+    return True
 
 
 def quantized(
@@ -100,6 +169,7 @@ def quantized(
     scale=None,
     promote: int | None = None,
     with_slope: bool = False,
+    stored: Followed | None = None,
 ) -> Operand:
     """Returns x as an operand: rounded by a quantizer, blocks along the contraction.
 
@@ -108,6 +178,7 @@ def quantized(
       scale: replaces the computed scales.
       promote: the length of segments; where blocks are multiples of it, their scales stay apart.
       with_slope: whether the slope of the estimator is asked for.
+      stored: what x is read from, in the format of the quantizer, which then rounds nothing.
     """
     if quantizer is None:
         return Operand(x)
@@ -120,7 +191,7 @@ def quantized(
 
     def operand(elements, value, **parts) -> Operand:
         slope = None
-        if with_slope and not isinstance(quantizer.estimator, StraightThrough):
+        if with_slope and stored is None and not isinstance(quantizer.estimator, StraightThrough):
             slope = _back(derivative(quantizer, wide, value, axis, scale), x, axes, straight)
         return Operand(_back(elements, x, axes, straight), **parts, slope=slope)
 
@@ -132,8 +203,13 @@ def quantized(
         blocks = blocks_of(fmt, rows.shape, axis)
         constant = all(blocks.counts[a] == 1 for a in (axes.contract if straight else (-1,)))
         if constant or (promote is not None and blocks.sizes[-1] % promote == 0):
-            elements, scales = quantize_apart(wide, mode, **options)
-            spread, element = blocks.spread(scales), _element(fmt)
+            if stored is None:
+                elements, scales = quantize_apart(wide, mode, **options)
+                spread = blocks.spread(scales)
+            else:
+                elements, spread = (laid_out(part, fmt, axes, promote)[0] for part in _apart(stored, wide.dtype))
+                scales = spread[tuple(slice(None, None, size) for size in blocks.sizes)]
+            element = _element(fmt)
             value = multiply(elements, spread)
             if not constant:
                 whole = _back(value, x, axes, straight)
@@ -142,8 +218,22 @@ def quantized(
                 reduced = tuple(1 if a in axes.contract else n for a, n in enumerate(x.shape))
                 scales = from_rows(spread[..., :1], axes, reduced)
             return operand(elements, value, scale=scales, fmt=element)
-    value, _ = quantize(wide, mode, **options)
+    if stored is None:
+        value, _ = quantize(wide, mode, **options)
+    else:
+        value = lax.transpose(decode(dataclasses.replace(stored.source, dtype=wide.dtype)), stored.order)
+        value = laid_out(value, fmt, axes, promote)[0]
     return operand(value, value, fmt=fmt)
+
+
+def _apart(stored: Followed, dtype) -> tuple[Any, Any]:
+    """Returns the elements of what is stored, and the scale of each."""
+    q = dataclasses.replace(stored.source, dtype=dtype)
+    elements, scales = decode_apart(q)
+    spread = blocks_of(q.fmt, q.shape_of_codes, q.axis).spread(scales)
+    return tuple(
+        lax.transpose(part if q.rows is None else q.rows.undone(part), stored.order) for part in (elements, spread)
+    )
 
 
 def _element(fmt: Scaled) -> Format:

@@ -46,7 +46,8 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
     """Returns the product of an equation as a Gemm has it, in the dtype of the equation.
 
     Args:
-      given: the keys of the stochastic parts of the Gemm by name, and scales that replace the computed ones.
+      given: the keys of the stochastic parts of the Gemm by name, scales that replace the computed ones, and what the
+        operands are stored in.
       kept: gets the two operands, with the slopes of their estimators, if given.
     """
     if gemm.is_empty:
@@ -67,6 +68,13 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
         x = rotated(array, gemm.rotate, where, given["rotate"])
         x = rotated(x, turn, where, given[f"rotate_{name}"], free=True)
         options = dict(key=given[name], scale=given[f"{name}_scale"], with_slope=kept is not None)
+        if _operand.is_stored(stored := given[f"{name}_stored"], quantizer, where):
+            if x is not array or options["scale"] is not None:
+                raise ValueError(
+                    f"quantize: {name} is stored in {quantizer.fmt!r}, and its recipe rotates it or takes a delayed scale "
+                    "before it rounds to that; leave it in floating point (None in the rule of quantize_params)."
+                )
+            options["stored"] = stored
         if groups > 1 and name == "lhs" and quantizer is not None:
             operand = _grouped(x, quantizer, where, groups, options)
         else:
@@ -102,7 +110,7 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
 
 def swapped(given: dict) -> dict:
     """Returns what ``Gemm.swapped()`` is given."""
-    pairs = {"lhs": "rhs", "rotate_lhs": "rotate_rhs", "lhs_scale": "rhs_scale"}
+    pairs = {"lhs": "rhs", "rotate_lhs": "rotate_rhs", "lhs_scale": "rhs_scale", "lhs_stored": "rhs_stored"}
     pairs |= {b: a for a, b in pairs.items()}
     return {name: given[pairs.get(name, name)] for name in given}
 

@@ -11,6 +11,8 @@ from jax import Array
 
 from qjax import _dot, _jaxpr
 from qjax._coverage import Coverage
+from qjax._encode import decode, is_qtensor
+from qjax._operand import Followed
 from qjax._recipe import Recipe
 from qjax._rules import Checked, Rule, assigned, checked, named
 from qjax._sites import Site, find
@@ -30,7 +32,9 @@ def quantize(fn: F, rule: Rule, *, key: Array | None = None, state: State | None
     what was compiled before does not matter.
 
     Args:
-      fn: any function that JAX can trace. Arguments and results that are no arrays stay Python values.
+      fn: any function that JAX can trace. Arguments and results that are no arrays stay Python values. A ``QTensor``
+        among the arguments is the array of its values to fn; a product that it is an operand of, transposed or
+        converted at most, and whose recipe has its format, multiplies its codes as they are.
       rule: a ``Recipe`` for every site; or a dict of path patterns to a ``Recipe``, or to None for full precision, of
         which the first that matches the whole path (``re.fullmatch``) counts; or a function of a ``Site`` that returns
         one of both. ``qjax.coverage`` shows the sites and their paths.
@@ -213,7 +217,7 @@ def plan_of(
     caller: str, fn: Callable, rule: Checked, args: tuple, kwargs: dict[str, Any], *, strict, whole=True, root=""
 ) -> Planned:
     """Returns how ``fn(*args, **kwargs)`` is quantized; the arguments are those of ``run``."""
-    program = _jaxpr.trace(fn, args, kwargs)
+    program = _opened(fn, args, kwargs)
     sites: list[Site] = []
     find(program, sites.append, root)
     recipes = assigned(caller, rule, sites, strict=strict, whole=whole)
@@ -232,6 +236,26 @@ def plan_of(
         return Quantized(recipe, name)
 
     return Planned(program, find(program, replace, root), stochastic, state)
+
+
+def _opened(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> _jaxpr.Program:
+    """Returns the program of ``fn(*args, **kwargs)`` with an array for each ``QTensor``, which it is followed from."""
+    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=is_qtensor)
+    values = [decoded(x) for x in leaves]
+    args, kwargs = jax.tree.unflatten(tree, values)
+    program = _jaxpr.trace(fn, args, kwargs)
+    sources = {id(value): leaf for value, leaf in zip(values, leaves, strict=True) if is_qtensor(leaf)}
+    arrays = [
+        Followed(x, sources[id(x)], tuple(range(x.ndim))) if id(x) in sources else x for x in program.arrays
+    ]
+    return program._replace(arrays=arrays)
+
+
+def decoded(x):
+    """Returns the values of a leaf, of shapes alone the shapes of those."""
+    if is_qtensor(x) and isinstance(x.codes, jax.ShapeDtypeStruct):
+        return jax.eval_shape(decode, x)
+    return decode(x) if is_qtensor(x) else x
 
 
 def _count(state: State, path: str) -> int:
@@ -276,7 +300,7 @@ def coverage(fn: Callable, *args, rule: Rule | None = None, **kwargs) -> Coverag
     1 of 1 dots quantized, 100.0 % of the multiply-adds
     """
     sites: list[Site] = []
-    find(_jaxpr.trace(fn, args, kwargs), sites.append)
+    find(_opened(fn, args, kwargs), sites.append)
     if rule is not None:
         recipes = assigned("coverage", checked("coverage", rule), sites, strict=False)
         sites = [dataclasses.replace(site, recipe=recipe) for site, recipe in zip(sites, recipes, strict=True)]
