@@ -11,6 +11,7 @@ from qjax._faults import Faults
 from qjax._hadamard import Hadamard
 from qjax._modes import Rounding
 from qjax._operations import Operations, operations
+from qjax._params import contracted, quantize_params
 from qjax._program import coverage, einsum, quantize, quantize_state
 from qjax._quantizer import Clipped, Quantizer, StraightThrough, TrustMasked
 from qjax._recipe import Gemm, Recipe
@@ -37,6 +38,7 @@ __all__ = [
     "StraightThrough",
     "TrustMasked",
     "chop",
+    "contracted",
     "conv_general_dilated",
     "coverage",
     "decode",
@@ -47,6 +49,7 @@ __all__ = [
     "formats",
     "operations",
     "quantize",
+    "quantize_params",
     "quantize_state",
     "recipes",
     "significant_digits",

@@ -17,7 +17,7 @@ from qjax._chop import RoundingLike
 from qjax._modes import Rounding
 from qjax._quantizer import Quantizer
 from qjax._recipe import Recipe
-from qjax._rules import check_pattern
+from qjax._patterns import check_pattern
 from qjax.formats import Format
 
 F = TypeVar("F", bound=Callable[..., Any])

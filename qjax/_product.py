@@ -17,9 +17,13 @@ from qjax.formats import Fixed, Float
 
 def axes_of(equation) -> tuple[Axes, Axes]:
     """Returns the axes of the two operands of a product."""
-    numbers = equation.params["dimension_numbers"]
-    ranks = [v.aval.ndim for v in equation.invars]
-    if equation.primitive is lax.dot_general_p:
+    ranks = tuple(v.aval.ndim for v in equation.invars)
+    return axes_of_numbers(equation.primitive.name, equation.params["dimension_numbers"], ranks)
+
+
+def axes_of_numbers(operation: str, numbers, ranks: tuple[int, ...]) -> tuple[Axes, Axes]:
+    """Returns the axes of the two operands of an operation of lax, with its dimension numbers and their ranks."""
+    if operation == "dot_general":
         contract, batch = numbers
         free = [
             tuple(a for a in range(rank) if a not in (*c, *b))

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from qjax._patterns import check_pattern
 from qjax._recipe import Recipe
 from qjax._sites import Site
 
@@ -25,14 +26,6 @@ def checked(caller: str, rule: Rule) -> Checked:
             f"got {type(rule).__name__}."
         )
     return rule
-
-
-def check_pattern(caller: str, pattern) -> None:
-    """Raises if a pattern is no regular expression."""
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{caller}: pattern {pattern!r} is not a regular expression: {error}.") from None
 
 
 def recipes_of(rule: Checked) -> list[Recipe] | None:

@@ -86,6 +86,11 @@ def marked(eqn, recipe: Recipe):
         yield
 
 
+def marked_site(names: tuple[str, ...]) -> Site | None:
+    """Returns the quantized operation that is marked by one of the scopes, None if there is none."""
+    return next((_MARKED[name] for name in names if name in _MARKED), None)
+
+
 def _site(eqn) -> Site:
     lhs, rhs, out = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in (*eqn.invars[:2], eqn.outvars[0]))
     return Site("", eqn.primitive.name, lhs, rhs, out, eqn.params["dimension_numbers"])

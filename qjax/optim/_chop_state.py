@@ -1,6 +1,5 @@
 """Optimizer states in real low-precision storage."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from qjax._patterns import check_pattern, first_matches
 from qjax.optim._keys import check_key, first_key, map_with_keys, next_key
 from qjax.optim._storage import Storage, StorageLike, Stored, as_storage, restored, stored
 
@@ -79,7 +79,9 @@ class _Rules:
     def __init__(self, rule: Rule, min_size: int):
         self.min_size, self.patterns, self.known = min_size, None, None
         if isinstance(rule, Mapping):
-            self.patterns = {_compiled(p): None if s is None else as_storage(s) for p, s in rule.items()}
+            for pattern in rule:
+                check_pattern("chop_state", pattern)
+            self.patterns = {p: None if s is None else as_storage(s) for p, s in rule.items()}
             self.known = [s is not None and s.is_stochastic for s in self.patterns.values()]
         elif callable(rule) and not isinstance(rule, Storage):
             self.rule = rule
@@ -89,38 +91,23 @@ class _Rules:
 
     def storages(self, state) -> list[Storage | None]:
         """Returns the storage of each leaf of a state, or raises what the rule misses."""
-        found, unmatched = [], dict.fromkeys(self.patterns or ())
         leaves = jax.tree_util.tree_leaves_with_path(state)
         paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
         floats = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for _, x in leaves]
         if not any(floats):
             raise ValueError("chop_state: the state of tx has no floating-point array; leave chop_state out.")
+        named = [path for path, is_float in zip(paths, floats, strict=True) if is_float]
+        matches = iter(first_matches("chop_state", self.patterns or {}, named, "the state"))
+        found: list[Storage | None] = []
         for path, (_, x), is_float in zip(paths, leaves, floats, strict=True):
             storage = None
             if is_float and self.patterns is not None:
-                for pattern, held in self.patterns.items():
-                    if pattern.fullmatch(path):
-                        unmatched.pop(pattern, None)
-                        storage = held
-                        break
+                storage = next(matches)
             elif is_float:
                 storage = self.rule(path, x)
                 storage = None if storage is None else as_storage(storage)
             found.append(storage if storage is not None and x.size >= self.min_size else None)
-        if unmatched:
-            listed = ", ".join(repr(path) for path, is_float in zip(paths, floats, strict=True) if is_float)
-            raise ValueError(
-                f"chop_state: pattern {next(iter(unmatched)).pattern!r} matches no array of the state; the paths are "
-                f"{listed}. A pattern must match a whole path that no earlier one matches."
-            )
         return found
-
-
-def _compiled(pattern: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"chop_state: pattern {pattern!r} is not a regular expression: {error}.") from None
 
 
 def _held(state, storages: list[Storage | None], key):
