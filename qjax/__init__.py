@@ -1,6 +1,6 @@
 """qjax: any number format, anywhere in a JAX program, bit for bit."""
 
-from qjax import formats as formats, recipes as recipes
+from qjax import checkpoints as checkpoints, formats as formats, recipes as recipes
 from qjax._accumulator import Accumulator
 from qjax._chop import chop
 from qjax._coverage import Coverage
@@ -37,6 +37,7 @@ __all__ = [
     "Site",
     "StraightThrough",
     "TrustMasked",
+    "checkpoints",
     "chop",
     "contracted",
     "conv_general_dilated",

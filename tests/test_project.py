@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(qjax.__file__).parent
 # A module may import those above it. Modules of one row do not see each other.
 LAYERS = (
     ("laws", "sweep", "linalg"),
-    ("formats", "_carrier", "unit_scaling", "_patterns"),
+    ("formats", "_carrier", "unit_scaling", "_patterns", "_safetensors"),
     ("_modes", "_to_odd"),
     ("_grid",),
     ("_rounding",),
@@ -27,7 +27,7 @@ LAYERS = (
     ("_encode", "_hadamard"),
     ("_faults",),
     ("_quantizer",),
-    ("_accumulator", "_operand", "optim", "collectives"),
+    ("_accumulator", "_operand", "optim", "collectives", "checkpoints"),
     ("_recipe", "_jaxpr"),
     ("_product", "_sites", "_custom"),
     ("_dot", "_coverage", "_rules", "_sums", "recipes"),

@@ -64,8 +64,8 @@ def test_large_tensors_are_never_read_whole(path, monkeypatch):
     real = _files.opened
 
     @_files.contextlib.contextmanager
-    def opened(path):
-        with real(path) as file:
+    def opened(caller, path):
+        with real(caller, path) as file:
             yield File(file)
 
     monkeypatch.setattr(_files, "opened", opened)

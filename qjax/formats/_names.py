@@ -1,5 +1,6 @@
 """The named formats, one row each, and the grammar of names."""
 
+import ast
 import difflib
 import functools
 import re
@@ -7,7 +8,7 @@ import re
 from qjax.formats._codebook import Codebook, dynamic, midrise, posit, powers_of_two, takum
 from qjax.formats._fixed import Fixed
 from qjax.formats._float import Float
-from qjax.formats._scaled import Scaled
+from qjax.formats._scaled import Rms, Scaled
 
 Format = Float | Fixed | Codebook | Scaled
 
@@ -178,6 +179,8 @@ def format(name: "str | Format") -> Format:
     - a name followed by ``_channel``, ``_tensor``, ``_gN`` (groups of N) or ``_AxB`` (tiles): float32 scales from the
       largest magnitude; intN elements are symmetric, uintN ones have a zero point.
 
+    What a format prints stands for it too, and is read without being run: ``"Fixed(4, symmetric=True)"``.
+
     Raises:
       ValueError: for an unknown name, with the nearest known ones.
       TypeError: if ``name`` is neither a name nor a format.
@@ -203,11 +206,37 @@ def _resolve(name: str) -> Format:
     for pattern, build in _GRAMMAR:
         if match := re.fullmatch(pattern, lower):
             return build(*(group or "" for group in match.groups()))
+    if "(" in name:
+        return _printed(name)
     near = difflib.get_close_matches(lower, _NAMED, n=4, cutoff=0.3) or ["e4m3", "bf16", "mxfp4", "int8"]
     raise ValueError(
         f"format: unknown name {name!r}; the nearest are {', '.join(near)}. "
         "See qjax.format for the grammar (eXmY, qM.N, intN, binary8p3se ...)."
     )
+
+
+_PRINTED = {"Float": Float, "Fixed": Fixed, "Codebook": Codebook, "Scaled": Scaled, "Rms": Rms, "format": format}
+
+
+def _printed(text: str) -> Format:
+    """Returns the format that prints a text."""
+
+    def value(node: ast.expr):
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if name in _PRINTED:
+                options = {keyword.arg or "": value(keyword.value) for keyword in node.keywords}
+                return _PRINTED[name](*map(value, node.args), **options)
+            case ast.Tuple():
+                return tuple(map(value, node.elts))
+        return ast.literal_eval(node)
+
+    try:
+        fmt = value(ast.parse(text, mode="eval").body)
+        if not isinstance(fmt, Format):
+            raise TypeError("it is no format")
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"format: {text[:100]!r} is not what a format prints: {error}.") from None
+    return fmt
 
 
 def format_names() -> tuple[str, ...]:

@@ -10,7 +10,8 @@ a scale mean none: int8 are the integers from -128 to 127; int8_channel and int8
 import argparse
 import csv
 
-from qjax.stats._files import chosen, measure_file, opened, size_of
+from qjax._safetensors import opened
+from qjax.stats._files import chosen, measure_file, size_of
 from qjax.stats._report import table
 
 COLUMNS = ("sqnr", "underflows", "saturations", "error_median", "error_99", "rms", "kurtosis", "outliers")
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = parser()
     options = command.parse_args(arguments)
     try:
-        with opened(options.file) as file:
+        with opened("measure_file", options.file) as file:
             slices = [file.get_slice(name) for name in chosen(file, options.file, options.tensors)]
             shapes = [list(s.get_shape()) for s in slices]
         # To stderr, and only to a terminal.

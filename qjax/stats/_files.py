@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax._encode import decode, encode
+from qjax._safetensors import opened
 from qjax.formats import Format, Scaled, format
 from qjax.stats._measure import measure
 from qjax.stats._stats import Stats, total
@@ -50,7 +51,7 @@ def measure_file(
     """
     named = {str(fmt): format(fmt) for fmt in formats}
     found: dict[tuple[str, str], Stats] = {}
-    with opened(path) as file:
+    with opened("measure_file", path) as file:
         for name in chosen(file, path, tensors):
             array = file.get_slice(name)
             shape = tuple(array.get_shape())
@@ -65,27 +66,6 @@ def measure_file(
 def size_of(array: Any) -> int:
     """Returns the bytes of a tensor of a file."""
     return _FLOATS[array.get_dtype()] * math.prod(array.get_shape())
-
-
-@contextlib.contextmanager
-def opened(path: str | pathlib.Path) -> Iterator[Any]:
-    """Opens a safetensors file, whose header and size are checked."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError("measure_file: needs the package safetensors; pip install 'qjax[checkpoints]'.") from error
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"measure_file: there is no file {str(path)!r}.")
-    try:
-        file = safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(
-            f"measure_file: {str(path)!r} is truncated or no safetensors file ({error}). Download it again; other "
-            "checkpoints, pickles among them, are not read: save them with safetensors."
-        ) from error
-    with file:
-        yield file
 
 
 def chosen(file: Any, path: str | pathlib.Path, tensors: str = ".*") -> list[str]:
