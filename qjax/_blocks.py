@@ -40,12 +40,12 @@ class Blocks(NamedTuple):
         shape: list[int] = []
         within: list[int] = []
         for count, size in zip(self.counts, self.sizes, strict=True):
-            if count > 1 and size > 1:
+            if _several(count) and _several(size):
                 shape += [count, size]
                 within.append(len(shape) - 1)
             else:
                 shape.append(count * size)
-                if size > 1:
+                if _several(size):
                     within.append(len(shape) - 1)
         return tuple(shape), tuple(within)
 
@@ -96,4 +96,10 @@ def blocks_of(fmt: Scaled, shape: tuple[int, ...], axis: int) -> Blocks:
         axis %= len(shape)
         size = shape[axis] if fmt.block == "axis" else fmt.block
         sizes = tuple(size if i == axis else 1 for i in range(len(shape)))
-    return Blocks(shape, tuple(max(1, min(size, n)) for size, n in zip(sizes, shape, strict=True)))
+    # In this order the comparisons are decided for symbolic sizes too, of which only n >= 1 is known.
+    return Blocks(shape, tuple(max(min(size, n), 1) for size, n in zip(sizes, shape, strict=True)))
+
+
+def _several(n) -> bool:
+    """Returns whether a size is above 1; a symbolic one, of ``jax.export``, may be anything."""
+    return n > 1 if isinstance(n, int) else n != 1
