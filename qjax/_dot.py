@@ -187,8 +187,7 @@ _TENSORS = (("lhs", "rhs"), ("gradient", "rhs"), ("lhs", "gradient"))
 
 
 def given_to(key, state, number: int, gemm: Gemm, codes: tuple = (None, None)) -> dict[str, Any]:
-    """Returns the keys of the stochastic parts of a product, the scales of its operands if they are delayed, their codes.
-    """
+    """Returns what a product is given: the keys of its stochastic parts, delayed scales, the codes of its operands."""
     numbers = {"lhs": 2 * number, "rhs": 2 * number + 1, "accumulator": 6 + number, "rotate": 9 + number}
     numbers |= {"rotate_lhs": 12 + 2 * number, "rotate_rhs": 13 + 2 * number}
     parts = {name: getattr(gemm, name) for name in numbers}

@@ -15,9 +15,9 @@ from jax import Array
 from qjax import _arithmetic, _custom, _jaxpr, _sites, _sums
 from qjax._chop import RoundingLike
 from qjax._modes import Rounding
+from qjax._patterns import check_pattern
 from qjax._quantizer import Quantizer
 from qjax._recipe import Recipe
-from qjax._patterns import check_pattern
 from qjax.formats import Format
 
 F = TypeVar("F", bound=Callable[..., Any])

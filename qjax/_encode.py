@@ -85,7 +85,9 @@ class QTensor:
         """Returns one code an element, as uint8, uint16, uint32 or uint64."""
         bits = self.element.bits
         uint = next(u for u in (jnp.uint8, jnp.uint16, jnp.uint32, jnp.uint64) if jnp.iinfo(u).bits >= bits)
-        return _packing.unpack(self.codes, bits, 1 if self.length is None else self.length, uint).reshape(self.shape_of_codes)
+        return _packing.unpack(self.codes, bits, 1 if self.length is None else self.length, uint).reshape(
+            self.shape_of_codes
+        )
 
     def to_ml_dtypes(self) -> np.ndarray:
         """Returns the codes as a NumPy array of the ml_dtypes or numpy dtype of the element, scales not applied.
@@ -252,7 +254,9 @@ def decode_apart(q: QTensor) -> tuple[Any, Any]:
     assert isinstance(fmt, Scaled)
     codes, (scale, *scales), zero_points = _parts(q)
     elements = _assembled(codes, scales, [], fmt.element, q, c)
-    return elements - blocks_of(fmt, q.shape_of_codes, q.axis).spread(zero_points[0]) if zero_points else elements, scale
+    return elements - blocks_of(fmt, q.shape_of_codes, q.axis).spread(
+        zero_points[0]
+    ) if zero_points else elements, scale
 
 
 def _parts(q: QTensor) -> tuple[Any, list, list]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import _random
-from qjax._operand import Followed
+from qjax._operand import Followed, Lost
 
 if TYPE_CHECKING:
     from jax.extend import core
@@ -187,8 +187,8 @@ def evaluate(
 ) -> list[Any]:
     """Returns the outputs of a jaxpr with the equations of a plan replaced.
 
-    Arguments that are ``Followed`` stay so through transpositions, conversions between floats and into the operations that
-    have replacements in them; replacements are given them, all else their values.
+    Arguments that are ``Followed`` stay so through transpositions, conversions between floats, and into operations that
+    have replacements in them. Replacements are given them, all else their values.
 
     With a key, each replacement gets one of its own: the number of the replacement is folded in, in loops that of the
     iteration, in ``shard_map`` that of the shard. Of the state each gets the entry of its name, in a scan its step's.
@@ -217,8 +217,10 @@ def evaluate(
                 number, replacement = numbered[i]
                 own = None if keys is None or words is None else Key(keys[number], words[number])
                 if isinstance(replacement, Enter):
-                    if replacement.run is not None or eqn.primitive.name not in _FOLLOWED_INTO:
+                    if replacement.run is not None:
                         operands = [value_of(x) for x in operands]
+                    elif eqn.primitive.name in ("while", "shard_map"):
+                        operands = [_lost(x) for x in operands]
                     if replacement.before is not None:
                         operands = replacement.before(eqn, operands)
                     plans = dict(replacement.plans)
@@ -237,8 +239,14 @@ def value_of(x):
     return x.value if isinstance(x, Followed) else x
 
 
+def _lost(x):
+    """Returns an operand that is not followed into what it is given to."""
+    return Followed(x.value, Lost(getattr(x.source, "fmt", None)), ()) if isinstance(x, Followed) else x
+
+
 def _transposed(x: Followed, out, params) -> Followed:
-    return Followed(out, x.source, tuple(x.order[a] for a in params["permutation"]))
+    lost = isinstance(x.source, Lost)
+    return Followed(out, x.source, () if lost else tuple(x.order[a] for a in params["permutation"]))
 
 
 def _converted(x: Followed, out, params):
@@ -330,7 +338,7 @@ def _scan(params, plans, args, key, state):
     else:
         start, end = params["num_consts"], params["num_consts"] + params["num_carry"]
         consts, init, xs = args[:start], args[start:end], args[end:]
-    init, xs = [value_of(x) for x in init], [value_of(x) for x in xs]
+    init, xs = [value_of(x) for x in init], [_lost(x) for x in xs]
     steps = None if key is None else jnp.arange(params["length"], dtype=jnp.uint32)
     mine = state and {name: state[name] for name in _names(plans["jaxpr"][0]) & set(state)}
 
@@ -361,7 +369,7 @@ def _while(params, plans, args, key, state):
         carry = part("body_jaxpr", 1, args[of_cond:of_body], state)
         return None if key is None else state[0] + jnp.uint32(1), carry
 
-    return jax.lax.while_loop(cond, body, (step, args[of_body:]))[1]
+    return jax.lax.while_loop(cond, body, (step, [value_of(x) for x in args[of_body:]]))[1]
 
 
 def _cond(params, plans, args, key, state):
@@ -411,4 +419,3 @@ ENTER: dict[str, Callable[..., Any]] = {
 
 What is unsteady (``Place``) hands no state on.
 """
-_FOLLOWED_INTO = frozenset(ENTER) - {"while", "shard_map"}

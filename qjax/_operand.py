@@ -86,6 +86,14 @@ class Followed:
         return Axes(contract, tuple(sorted(batch)), tuple(sorted(free)), block)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    """The source of what is no longer followed: the format that it is stored in, None if it was no ``QTensor``."""
+
+    fmt: Format | None
+
+
 def to_rows(x, axes: Axes):
     """Returns x as (batch axes, free axes, contraction)."""
     kept = tuple(x.shape[a] for a in (*axes.batch, *axes.free))
@@ -137,14 +145,22 @@ def stored_weight(x, quantizer: Quantizer, axes: Axes | None, key=None) -> QTens
     return dataclasses.replace(q, dtype=x.dtype, rows=rows)
 
 
-def is_stored(stored: Followed | None, quantizer: Quantizer | None, axes: Axes) -> bool:
+def is_stored(stored: Followed | None, quantizer: Quantizer, axes: Axes) -> bool:
     """Returns whether a product reads an operand from what is stored, rather than to round its value.
 
     Raises:
       ValueError: if it is stored in the format of the operand, but not as this product needs it.
     """
-    if stored is None or quantizer is None or stored.source.fmt != quantizer.fmt:
+    if stored is None or stored.source.fmt != quantizer.fmt:
         return False
+    if isinstance(stored.source, Lost):
+        if not isinstance(quantizer.fmt, Scaled):
+            return False  # values of the format are rounded to themselves
+        raise ValueError(
+            f"quantize: an operand that is stored in {quantizer.fmt!r} comes into this product through a while, a "
+            "shard_map or the slices of a scan, where its codes are not followed; leave it in floating point (None in "
+            "the rule of quantize_params), or decode it before (qjax.decode)."
+        )
     q, mine = stored.source, stored.axes_of_source(axes)
     axis, straight = _along(q.fmt, mine)
     rows = None if straight else Rows(q.shape, mine.order)
@@ -231,9 +247,9 @@ def _apart(stored: Followed, dtype) -> tuple[Any, Any]:
     q = dataclasses.replace(stored.source, dtype=dtype)
     elements, scales = decode_apart(q)
     spread = blocks_of(q.fmt, q.shape_of_codes, q.axis).spread(scales)
-    return tuple(
-        lax.transpose(part if q.rows is None else q.rows.undone(part), stored.order) for part in (elements, spread)
-    )
+    if q.rows is not None:
+        elements, spread = q.rows.undone(elements), q.rows.undone(spread)
+    return lax.transpose(elements, stored.order), lax.transpose(spread, stored.order)
 
 
 def _element(fmt: Scaled) -> Format:

@@ -84,7 +84,9 @@ def _quantizers(rule: Rule, floats: dict[str, Array], axes: Mapping[str, Axes] |
     if isinstance(rule, Mapping):
         said = dict(zip(floats, first_matches("quantize_params", rule, list(floats), "the parameters"), strict=True))
     elif isinstance(rule, Quantizer | Format | str):
-        said = {path: rule for path in floats if (_name(path) in ("kernel", "embedding") if axes is None else path in axes)}
+        said = {
+            path: rule for path in floats if (_name(path) in ("kernel", "embedding") if axes is None else path in axes)
+        }
     elif callable(rule):
         said = {path: rule(path, x) for path, x in floats.items()}
     else:
@@ -108,8 +110,9 @@ def _axes(path: str, ndim: int, quantizer: Quantizer, axes: Mapping[str, Axes] |
     """Returns the axes of a weight, None if its format has no blocks along any."""
     found = axes.get(path) if axes is not None else _axes_of_name(_name(path), ndim)
     if found is None and has_direction(quantizer.fmt):
+        silent = "its name" if axes is None else "axes"
         raise ValueError(
-            f"quantize_params: {path!r} has {ndim} axes, and {'axes does not say' if axes else 'its name does not say'} "
+            f"quantize_params: {path!r} has {ndim} axes, and {silent} does not say "
             f"over which it is contracted, along which the blocks of {quantizer.fmt!r} must lie. Pass "
             "axes=qjax.contracted(fn, params, ...) of a function that multiplies by it, or leave it out of the rule."
         )
@@ -164,12 +167,8 @@ def contracted(fn: Callable, params: Any, *args, **kwargs) -> dict[str, Axes]:
         return None if name in _jaxpr.ENTER else _jaxpr.KEEP
 
     def run(*arrays):
-        followed = [
-            Followed(x, _Path(path), tuple(range(x.ndim))) for x, path in zip(arrays, paths, strict=False)
-        ]
-        return _jaxpr.evaluate(
-            program.jaxpr.jaxpr, program.jaxpr.consts, plan, [*followed, *arrays[len(followed) :]]
-        )
+        followed = [Followed(x, _Path(path), tuple(range(x.ndim))) for x, path in zip(arrays, paths, strict=False)]
+        return _jaxpr.evaluate(program.jaxpr.jaxpr, program.jaxpr.consts, plan, [*followed, *arrays[len(followed) :]])
 
     plan = _jaxpr.plan(program.jaxpr.jaxpr, choose)
     jax.eval_shape(run, *program.arrays)
@@ -196,14 +195,14 @@ class _Record:
     def __call__(self, eqn, operands, key, state):
         axes = axes_of_numbers(self.operation, self.numbers, self.ranks)
         for x, where in zip(operands[self.first : self.first + 2], axes, strict=True):
-            if isinstance(x, Followed):
+            if isinstance(x, Followed) and isinstance(x.source, _Path):
                 mine = x.axes_of_source(where)
                 known = self.found.setdefault(x.source.path, mine)
                 if known != mine:
                     raise ValueError(
-                        f"contracted: {x.source.path!r} is contracted over its axes {known.contract} in one product and "
-                        f"over {mine.contract} in another; blocks can lie along one of them alone. Leave it out of the "
-                        "rule, or store it in a format without blocks."
+                        f"contracted: {x.source.path!r} is contracted over its axes {known.contract} in one product "
+                        f"and over {mine.contract} in another; blocks can lie along one of them alone. Leave it out of "
+                        "the rule, or store it in a format without blocks."
                     )
         operands = map(_jaxpr.value_of, operands)
         return eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))

@@ -27,7 +27,8 @@ def first_matches(caller: str, rule: Mapping[str, T], paths: Sequence[str], wher
     unmatched = dict.fromkeys(rule)
     for path in paths:
         first = next((pattern for pattern in rule if re.fullmatch(pattern, path)), None)
-        unmatched.pop(first, None)
+        if first is not None:
+            unmatched.pop(first, None)
         found.append(None if first is None else rule[first])
     if unmatched:
         listed = ", ".join(map(repr, paths[:20])) + (" ..." if len(paths) > 20 else "")

@@ -1,6 +1,7 @@
 """One product, of a ``dot_general`` or convolution equation, as a ``Gemm`` has it."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +72,13 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
         quantizer, turn = getattr(gemm, name), getattr(gemm, f"rotate_{name}")
         x = rotated(array, gemm.rotate, where, given["rotate"])
         x = rotated(x, turn, where, given[f"rotate_{name}"], free=True)
-        options = dict(key=given[name], scale=given[f"{name}_scale"], with_slope=kept is not None)
-        if _operand.is_stored(stored := given[f"{name}_stored"], quantizer, where):
+        options: dict[str, Any] = dict(key=given[name], scale=given[f"{name}_scale"], with_slope=kept is not None)
+        stored = given[f"{name}_stored"]
+        if quantizer is not None and _operand.is_stored(stored, quantizer, where):
             if x is not array or options["scale"] is not None:
                 raise ValueError(
-                    f"quantize: {name} is stored in {quantizer.fmt!r}, and its recipe rotates it or takes a delayed scale "
-                    "before it rounds to that; leave it in floating point (None in the rule of quantize_params)."
+                    f"quantize: {name} is stored in {quantizer.fmt!r}, and its recipe rotates it or takes a delayed "
+                    "scale before it rounds to that; leave it in floating point (None in the rule of quantize_params)."
                 )
             options["stored"] = stored
         if groups > 1 and name == "lhs" and quantizer is not None:

@@ -245,9 +245,7 @@ def _opened(fn: Callable, args: tuple, kwargs: dict[str, Any]) -> _jaxpr.Program
     args, kwargs = jax.tree.unflatten(tree, values)
     program = _jaxpr.trace(fn, args, kwargs)
     sources = {id(value): leaf for value, leaf in zip(values, leaves, strict=True) if is_qtensor(leaf)}
-    arrays = [
-        Followed(x, sources[id(x)], tuple(range(x.ndim))) if id(x) in sources else x for x in program.arrays
-    ]
+    arrays = [Followed(x, sources[id(x)], tuple(range(x.ndim))) if id(x) in sources else x for x in program.arrays]
     return program._replace(arrays=arrays)
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from qjax import _carrier
 from qjax._blocks import Rows
 from qjax._encode import QTensor, encode, is_qtensor
 from qjax._patterns import path_of
+from qjax._random import counters
 from qjax._safetensors import opened
 from qjax.formats import format
 
@@ -27,7 +27,7 @@ _VERSION = 1
 
 
 def to_arrays(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the arrays of a tree with QTensors by name, and the description of them, which JSON can hold.
+    """Returns the arrays of a tree with QTensors by name, and a description with checksums, which JSON can hold.
 
     The codes of "dense/kernel" are "dense/kernel.codes", its scales "dense/kernel.scales.0" and so on. For checkpoints
     of a kind that is not here, or that hold more: store both, and give ``from_arrays`` both.
@@ -47,16 +47,9 @@ def to_arrays(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     >>> description["arrays"]["w"]["format"][:36]
     "Scaled(Float(2, 1, specials='finite'"
     """
-    arrays, described = {}, {}
-    for keys, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
-        path = path_of(keys)
-        if not is_qtensor(x) and not _is_array(x):
-            raise TypeError(f"to_arrays: {path!r} must be an array of numbers or a QTensor, got {x!r:.80}.")
-        if path in described or any("/" in path_of((key,)) for key in keys):
-            raise ValueError(f"to_arrays: the path {path!r} is that of two arrays, or has a key with a slash; rename it.")
-        described[path] = _described(path, x) if is_qtensor(x) else _shape(x)
-        arrays |= _named(path, x)
-    return arrays, {"qjax": _VERSION, "arrays": described}
+    arrays, described = _split(params)
+    whole = not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays.values())
+    return arrays, {"qjax": _VERSION, "arrays": described, "checksums": _checksums(arrays) if whole else {}}
 
 
 def from_arrays(arrays: Mapping[str, Any], description: Mapping[str, Any], *, like: Any = None) -> Any:
@@ -69,7 +62,8 @@ def from_arrays(arrays: Mapping[str, Any], description: Mapping[str, Any], *, li
         the result is of nested dicts.
 
     Raises:
-      ValueError: for what is missing, too much, or not of the shape, dtype or format that is described or expected.
+      ValueError: for what is missing, too much, damaged, or not of the shape, dtype or format that is described or
+        expected.
     """
     return _from_arrays("from_arrays", arrays, description, like)
 
@@ -77,7 +71,7 @@ def from_arrays(arrays: Mapping[str, Any], description: Mapping[str, Any], *, li
 def _from_arrays(caller: str, arrays: Mapping[str, Any], description: Any, like: Any) -> Any:
     templates = _templates(caller, description)
     if like is not None:
-        _check_like(caller, description["arrays"], to_arrays(like)[1]["arrays"])
+        _check_like(caller, description["arrays"], _split(like)[1])
     expected = {name: x for path, template in templates.items() for name, x in _named(path, template).items()}
     _check_names(caller, "arrays", set(arrays), set(expected))
     for name, x in expected.items():
@@ -86,8 +80,12 @@ def _from_arrays(caller: str, arrays: Mapping[str, Any], description: Any, like:
                 f"{caller}: {name!r} is {_spelled(arrays[name])}, but the description says {_spelled(x)}; the file is "
                 "damaged, or was changed by other software."
             )
-    wanted = {} if like is None else to_arrays(like)[0]
+    wanted = {} if like is None else _split(like)[0]
     placed = {name: jax.device_put(x, getattr(wanted.get(name), "sharding", None)) for name, x in arrays.items()}
+    sums = description.get("checksums")
+    for name, found in _checksums(placed).items():
+        if not isinstance(sums, Mapping) or sums.get(name) != found:
+            raise ValueError(f"{caller}: {name!r} is damaged: its bytes are not those of the checksum.")
     leaves = {path: _filled(path, template, placed) for path, template in templates.items()}
     if like is not None:
         keys, tree = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_qtensor)
@@ -103,7 +101,7 @@ def _from_arrays(caller: str, arrays: Mapping[str, Any], description: Any, like:
 
 
 def save_safetensors(path: str | pathlib.Path, params: Any) -> None:
-    """Writes a tree with QTensors to a safetensors file: the arrays of ``to_arrays``, and their description and checksums.
+    """Writes a tree with QTensors to a safetensors file: what ``to_arrays`` makes of it, the description in the header.
 
     Raises:
       ImportError: if the package safetensors is not installed.
@@ -117,8 +115,7 @@ def save_safetensors(path: str | pathlib.Path, params: Any) -> None:
             "save_safetensors: needs the package safetensors; pip install 'qjax[checkpoints]'."
         ) from error
     held = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()}
-    sums = {name: _checksum(x) for name, x in held.items()}
-    save_file(held, path, {"qjax": json.dumps(description), "crc32": json.dumps(sums)})
+    save_file(held, path, {"qjax": json.dumps(description)})
 
 
 def load_safetensors(path: str | pathlib.Path, *, like: Any = None) -> Any:
@@ -131,23 +128,18 @@ def load_safetensors(path: str | pathlib.Path, *, like: Any = None) -> Any:
     Raises:
       ImportError: if the package safetensors is not installed.
       FileNotFoundError: if there is no file.
-      ValueError: for a file that is truncated, damaged, of another kind, or not like ``like``, with what is wrong in it.
+      ValueError: for a file that is truncated, damaged, of another kind or not like ``like``; it says what is wrong.
     """
     caller = "load_safetensors"
     with opened(caller, path) as file:
-        metadata = file.metadata() or {}
         try:
-            description, sums = (json.loads(metadata[name]) for name in ("qjax", "crc32"))
-            sums = dict(sums)
-        except (KeyError, TypeError, ValueError):
+            description = json.loads((file.metadata() or {})["qjax"])
+        except (KeyError, ValueError):
             raise ValueError(
                 f"{caller}: {str(path)!r} has no description of QTensors, so it was not written by save_safetensors; "
                 "read it with safetensors.flax.load_file, then qjax.quantize_params."
             ) from None
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    for name, x in arrays.items():
-        if sums.get(name) != _checksum(x):
-            raise ValueError(f"{caller}: {name!r} in {str(path)!r} is damaged: its bytes have another checksum.")
     return _from_arrays(caller, arrays, description, like)
 
 
@@ -201,8 +193,8 @@ def load_orbax(path: str | pathlib.Path, *, like: Any = None) -> Any:
             arrays = {name: x for path, template in templates.items() for name, x in _named(path, template).items()}
         else:
             first = None
-            _check_like(caller, description["arrays"], to_arrays(like)[1]["arrays"])
-            arrays = to_arrays(like)[0]
+            arrays, described = _split(like)
+            _check_like(caller, description["arrays"], described)
         targets = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first)
             for name, x in arrays.items()
@@ -211,7 +203,9 @@ def load_orbax(path: str | pathlib.Path, *, like: Any = None) -> Any:
 
 
 def _is_array(x) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) and not jnp.issubdtype(
+        x.dtype, jax.dtypes.extended
+    )
 
 
 def _shape(x) -> dict[str, Any]:
@@ -222,8 +216,38 @@ def _spelled(x) -> str:
     return f"{np.dtype(x.dtype).name}{list(x.shape)}"
 
 
-def _checksum(x: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+def _checksums(arrays: Mapping[str, Any]) -> dict[str, int]:
+    return {name: int(x) for name, x in jax.device_get({name: _checksum(x) for name, x in arrays.items()}).items()}
+
+
+@jax.jit
+def _checksum(x):
+    """Returns a sum of the bytes of an array, each times an odd number of its place, which a change of one changes."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag])
+    if x.dtype == bool or np.dtype(x.dtype).itemsize * 8 > _bits(x.dtype):
+        x = x.astype(jnp.float32)
+    data = jax.lax.bitcast_convert_type(x, jnp.uint8)
+    return jnp.sum(data.astype(jnp.uint32) * (2 * counters(data.shape)[0] + 1), dtype=jnp.uint32)
+
+
+def _bits(dtype) -> int:
+    return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
+
+
+def _split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arrays of a tree by name, and what is said of each leaf by path."""
+    arrays, described = {}, {}
+    for keys, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
+        path = path_of(keys)
+        if not is_qtensor(x) and not _is_array(x):
+            raise TypeError(f"to_arrays: {path!r} must be an array of numbers or a QTensor, got {x!r:.80}.")
+        named = _named(path, x)
+        if set(named) & set(arrays) or any("/" in path_of((key,)) for key in keys):
+            raise ValueError(f"to_arrays: {path!r} has a key with a slash, or is the name of two arrays; rename it.")
+        described[path] = _described(path, x) if is_qtensor(x) else _shape(x)
+        arrays |= named
+    return arrays, described
 
 
 def _parts(q: QTensor) -> Iterator[tuple[str, Any]]:
@@ -261,8 +285,8 @@ def _described(path: str, q: QTensor) -> dict[str, Any]:
         _shape(a) != _shape(b) for a, b in zip(jax.tree.leaves(q), jax.tree.leaves(template), strict=True)
     ):
         raise ValueError(
-            f"to_arrays: {path!r} is no QTensor as encode makes it of an array {said['shape']}; encode the whole array, "
-            "not its slices under vmap."
+            f"to_arrays: {path!r} is no QTensor as encode makes it of an array {said['shape']}; encode the whole "
+            "array, not its slices under vmap."
         )
     return said
 
@@ -273,7 +297,12 @@ def _template(caller: str, path: str, said: Mapping[str, Any]):
         dtype, shape = jnp.dtype(said["dtype"]), tuple(map(int, said["shape"]))
         if "format" not in said:
             return jax.ShapeDtypeStruct(shape, dtype)
-        fmt, axis, order, of_codes = format(said["format"]), int(said["axis"]), said.get("order"), said.get("rows", shape)
+        fmt, axis, order, of_codes = (
+            format(said["format"]),
+            int(said["axis"]),
+            said.get("order"),
+            said.get("rows", shape),
+        )
         if order is not None and (sorted(order) != list(range(len(shape))) or math.prod(of_codes) != math.prod(shape)):
             raise ValueError(f"rows {of_codes} of the axes {order} are not those of an array {list(shape)}")
         wide = jax.eval_shape(_carrier.widen, jax.ShapeDtypeStruct(shape, dtype)).dtype
@@ -288,8 +317,8 @@ def _templates(caller: str, description: Any) -> dict[str, Any]:
     version = description.get("qjax") if isinstance(description, Mapping) else None
     if version != _VERSION or not isinstance(description.get("arrays"), Mapping):
         raise ValueError(
-            f"{caller}: expected a description of version {_VERSION}, got {description!r:.80}; it was written by a newer "
-            "qjax, or by other software."
+            f"{caller}: expected a description of version {_VERSION}, got {description!r:.80}; it was written by a "
+            "newer qjax, or by other software."
         )
     return {path: _template(caller, path, said) for path, said in description["arrays"].items()}
 
@@ -297,7 +326,11 @@ def _templates(caller: str, description: Any) -> dict[str, Any]:
 def _check_names(caller: str, what: str, found: set[str], expected: set[str]) -> None:
     if found != expected:
         missing, more = sorted(expected - found), sorted(found - expected)
-        said = [f"{names[0]!r} and {len(names) - 1} more are {how}" for names, how in ((missing, "missing"), (more, "too many")) if names]
+        said = [
+            f"{names[0]!r} and {len(names) - 1} more are {how}"
+            for names, how in ((missing, "missing"), (more, "too many"))
+            if names
+        ]
         raise ValueError(f"{caller}: of the {len(expected)} {what} {'; '.join(said)}.")
 
 
