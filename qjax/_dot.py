@@ -120,7 +120,7 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
         what = "needs state=recipe.init()" if state is None else "has no delayed scaling; leave state out"
         raise ValueError(f"{caller}: the recipe {what}.")
     codes = tuple(_stored_in(x) for x in (lhs, rhs))
-    lhs, rhs = (x.value if isinstance(x, Followed) else decode(x) for x in (lhs, rhs))
+    lhs, rhs = (x.value if isinstance(x, Followed) else decode(x) if is_qtensor(x) else x for x in (lhs, rhs))
     if recipe.is_empty:
         return operation(lhs, rhs, **options)
     for name, x in (("lhs", lhs), ("rhs", rhs)):

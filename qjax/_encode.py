@@ -254,9 +254,9 @@ def decode_apart(q: QTensor) -> tuple[Any, Any]:
     assert isinstance(fmt, Scaled)
     codes, (scale, *scales), zero_points = _parts(q)
     elements = _assembled(codes, scales, [], fmt.element, q, c)
-    return elements - blocks_of(fmt, q.shape_of_codes, q.axis).spread(
-        zero_points[0]
-    ) if zero_points else elements, scale
+    if zero_points:
+        elements = elements - blocks_of(fmt, q.shape_of_codes, q.axis).spread(zero_points[0])
+    return elements, scale
 
 
 def _parts(q: QTensor) -> tuple[Any, list, list]:

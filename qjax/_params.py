@@ -152,7 +152,7 @@ def contracted(fn: Callable, params: Any, *args, **kwargs) -> dict[str, Axes]:
     """
     found: dict[str, Axes] = {}
     program = _jaxpr.trace(fn, (params, *args), kwargs)
-    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [path_of(keys) for keys, x in jax.tree_util.tree_leaves_with_path(params) if hasattr(x, "dtype")]
 
     def choose(eqn, place: _jaxpr.Place):
         name = eqn.primitive.name

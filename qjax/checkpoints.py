@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ def to_arrays(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     arrays, described = _split(params)
     whole = not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays.values())
-    return arrays, {"qjax": _VERSION, "arrays": described, "checksums": _checksums(arrays) if whole else {}}
+    return arrays, _sealed({"qjax": _VERSION, "arrays": described, "checksums": _checksums(arrays) if whole else {}})
 
 
 def from_arrays(arrays: Mapping[str, Any], description: Mapping[str, Any], *, like: Any = None) -> Any:
@@ -203,8 +204,8 @@ def load_orbax(path: str | pathlib.Path, *, like: Any = None) -> Any:
 
 
 def _is_array(x) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) and not jnp.issubdtype(
-        x.dtype, jax.dtypes.extended
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct) and (
+        jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool
     )
 
 
@@ -235,6 +236,12 @@ def _bits(dtype) -> int:
     return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
 
 
+def _sealed(description: dict[str, Any]) -> dict[str, Any]:
+    """Returns a description with its own checksum."""
+    said = {name: x for name, x in description.items() if name != "crc32"}
+    return said | {"crc32": zlib.crc32(json.dumps(said, sort_keys=True).encode())}
+
+
 def _split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arrays of a tree by name, and what is said of each leaf by path."""
     arrays, described = {}, {}
@@ -246,6 +253,7 @@ def _split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if set(named) & set(arrays) or any("/" in path_of((key,)) for key in keys):
             raise ValueError(f"to_arrays: {path!r} has a key with a slash, or is the name of two arrays; rename it.")
         described[path] = _described(path, x) if is_qtensor(x) else _shape(x)
+        _template("to_arrays", path, described[path])
         arrays |= named
     return arrays, described
 
@@ -295,6 +303,8 @@ def _template(caller: str, path: str, said: Mapping[str, Any]):
     """Returns a leaf of shapes as it is described."""
     try:
         dtype, shape = jnp.dtype(said["dtype"]), tuple(map(int, said["shape"]))
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise ValueError(f"{dtype} needs jax_enable_x64")
         if "format" not in said:
             return jax.ShapeDtypeStruct(shape, dtype)
         fmt, axis, order, of_codes = (
@@ -320,6 +330,8 @@ def _templates(caller: str, description: Any) -> dict[str, Any]:
             f"{caller}: expected a description of version {_VERSION}, got {description!r:.80}; it was written by a "
             "newer qjax, or by other software."
         )
+    if _sealed(dict(description)) != description:
+        raise ValueError(f"{caller}: the description of the arrays is damaged: it is not that of its checksum.")
     return {path: _template(caller, path, said) for path, said in description["arrays"].items()}
 
 

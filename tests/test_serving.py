@@ -375,15 +375,19 @@ def test_other_trees_come_back_like_they_were():
             "kernel": qjax.encode(jnp.ones((2, 40), jnp.float64), "int8_channel", axis=0),
             "x": qjax.encode(jnp.float64(3), "fp64"),
         }
-        assert same(checkpoints.from_arrays(*checkpoints.to_arrays(wide)), wide)
+        parts = checkpoints.to_arrays(wide)
+        assert same(checkpoints.from_arrays(*parts), wide)
+    with pytest.raises(ValueError, match=r"from_arrays: the description of 'kernel' .* float64 needs jax_enable_x64"):
+        checkpoints.from_arrays(*parts)
 
 
 WEIGHT = {"w": qjax.encode(jnp.ones((2, 32), jnp.float32), "mxfp4"), "b": jnp.zeros(3, jnp.float32)}
 
 
-def changed(arrays=lambda a: a, description=lambda d: d, like=None):
+def changed(arrays=lambda a: a, description=lambda d: d, like=None, seal=checkpoints._sealed):
     found, described = checkpoints.to_arrays(WEIGHT)
-    return checkpoints.from_arrays(arrays(found), description(json.loads(json.dumps(described))), like=like)
+    described = description(json.loads(json.dumps(described)))
+    return checkpoints.from_arrays(arrays(found), seal(described), like=like)
 
 
 def said(**parts):
@@ -405,6 +409,15 @@ NAMELESS = qjax.Codebook(tuple(range(20)), "mine")
 MISMATCHES = {
     "to_arrays: 'x' must be an array of numbers or a QTensor, got 'name'": lambda: checkpoints.to_arrays({"x": "name"}),
     "to_arrays: 'x' must be an array of numbers or a QTensor, got Array": lambda: checkpoints.to_arrays({"x": KEY}),
+    "to_arrays: 'x' must be an array of numbers or a QTensor, got array": lambda: checkpoints.to_arrays(
+        {"x": np.array(["name"])}
+    ),
+    "to_arrays: the description of 'x' makes no sense: .*int64 needs jax_enable_x64": lambda: checkpoints.to_arrays(
+        {"x": np.arange(3)}
+    ),
+    "from_arrays: the description of the arrays is damaged: it is not that of its checksum": lambda: changed(
+        description=said(axis=-2), seal=lambda d: d
+    ),
     "to_arrays: 'a/b' has a key with a slash": lambda: checkpoints.to_arrays({"a/b": jnp.ones(3)}),
     "to_arrays: 'w.codes' .* is the name of two arrays": lambda: checkpoints.to_arrays(
         WEIGHT | {"w.codes": jnp.ones(3)}
@@ -418,7 +431,9 @@ MISMATCHES = {
     "from_arrays: expected a description of version 1, got {'qjax': 2": lambda: changed(
         description=lambda d: d | {"qjax": 2}
     ),
-    "from_arrays: expected a description of version 1, got ": lambda: changed(description=lambda d: [d]),
+    "from_arrays: expected a description of version 1, got ": lambda: changed(
+        description=lambda d: [d], seal=lambda d: d
+    ),
     "from_arrays: the description of 'w' makes no sense: .*: format: unknown name 'mxfp5'": lambda: changed(
         description=said(format="mxfp5")
     ),
@@ -472,10 +487,7 @@ def test_damaged_safetensors_are_refused(tmp_path, monkeypatch):
             whole[:-1] + bytes([whole[-1] ^ 1]),
             "load_safetensors: '.*' is damaged: its bytes are not those of the checksum",
         ),
-        (
-            whole.replace(b"mxfp4", b"mxfp5").replace(b"Float(2, 1", b"Float(2, 2"),
-            "load_safetensors: 'w.codes' is uint8",
-        ),
+        (whole.replace(b"Float(2, 1", b"Float(1, 2"), "load_safetensors: the description of the arrays is damaged"),
     ]:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=text):
