@@ -13,11 +13,12 @@ from jaxtyping import Array
 
 from qjax._encode import QTensor, decode, is_qtensor
 from qjax._jaxpr import is_literal
-from qjax._operand import Followed, Operand, restored, stored
+from qjax._operand import Operand, restored, stored
 from qjax._product import axes_of, product, rotated, swapped
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm, Recipe
 from qjax._sites import marked
+from qjax._stored import Followed
 
 
 def dot_general(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import _random
-from qjax._operand import Followed, Lost
+from qjax._stored import Followed, Lost
 
 if TYPE_CHECKING:
     from jax.extend import core

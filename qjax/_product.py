@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import _carrier, _operand
+from qjax import _carrier, _operand, _stored
 from qjax._accumulator import Accumulator, accumulate
-from qjax._operand import Axes, Operand
+from qjax._operand import Operand
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm
+from qjax._stored import Axes
 from qjax.formats import Fixed, Float
 
 
@@ -44,7 +45,7 @@ def rotated(x, rotation, axes: Axes, key, inverse: bool = False, free: bool = Fa
     elif axes.block is not None:
         axes = Axes((axes.block,), axes.batch, tuple(a for a in axes.order if a != axes.block))
     turn = rotation.inverse if inverse else rotation
-    return _operand.from_rows(turn(_operand.to_rows(x, axes), key=key), axes, x.shape)
+    return _stored.from_rows(turn(_stored.to_rows(x, axes), key=key), axes, x.shape)
 
 
 def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = None):
@@ -74,7 +75,7 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
         x = rotated(x, turn, where, given[f"rotate_{name}"], free=True)
         options: dict[str, Any] = dict(key=given[name], scale=given[f"{name}_scale"], with_slope=kept is not None)
         stored = given[f"{name}_stored"]
-        if quantizer is not None and _operand.is_stored(stored, quantizer, where):
+        if quantizer is not None and _stored.is_stored(stored, quantizer, where):
             if x is not array or options["scale"] is not None:
                 raise ValueError(
                     f"quantize: {name} is stored in {quantizer.fmt!r}, and its recipe rotates it or takes a delayed "
@@ -262,7 +263,7 @@ def dot_rows(equation, lhs, rhs):
     rows = []
     for x, w, mine in zip((lhs, rhs), axes, free, strict=True):
         depth = math.prod(x.shape[a] for a in w.contract)
-        rows.append(_operand.to_rows(x, w).reshape(math.prod(batch), math.prod(mine), depth))
+        rows.append(_stored.to_rows(x, w).reshape(math.prod(batch), math.prod(mine), depth))
     return *rows, lambda out: out.reshape(*batch, *free[0], *free[1])
 
 

@@ -12,10 +12,10 @@ from jax import Array
 from qjax import _dot, _jaxpr
 from qjax._coverage import Coverage
 from qjax._encode import decode, is_qtensor
-from qjax._operand import Followed
 from qjax._recipe import Recipe
 from qjax._rules import Checked, Rule, assigned, checked, named
 from qjax._sites import Site, find
+from qjax._stored import Followed
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -19,6 +19,7 @@ import qjax
 import qjax.linen
 import qjax.nnx
 from qjax import checkpoints, recipes
+from qjax.checkpoints._arrays import _sealed
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (2, 6, 64), jnp.float32)
@@ -370,6 +371,8 @@ def test_other_trees_come_back_like_they_were():
     arrays, description = checkpoints.to_arrays(state)
     again = checkpoints.from_arrays(arrays, json.loads(json.dumps(description)), like=state)
     assert same(again, state) and isinstance(again, nnx.State)
+    alone = WEIGHT["w"]
+    assert same(checkpoints.from_arrays(*checkpoints.to_arrays(alone)), alone)
     with jax.enable_x64(True):
         wide = {
             "kernel": qjax.encode(jnp.ones((2, 40), jnp.float64), "int8_channel", axis=0),
@@ -384,7 +387,7 @@ def test_other_trees_come_back_like_they_were():
 WEIGHT = {"w": qjax.encode(jnp.ones((2, 32), jnp.float32), "mxfp4"), "b": jnp.zeros(3, jnp.float32)}
 
 
-def changed(arrays=lambda a: a, description=lambda d: d, like=None, seal=checkpoints._sealed):
+def changed(arrays=lambda a: a, description=lambda d: d, like=None, seal=_sealed):
     found, described = checkpoints.to_arrays(WEIGHT)
     described = description(json.loads(json.dumps(described)))
     return checkpoints.from_arrays(arrays(found), seal(described), like=like)

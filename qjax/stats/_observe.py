@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from qjax import _carrier, _dot, _jaxpr, _operand, _product
+from qjax import _carrier, _dot, _jaxpr, _product, _stored
 from qjax._chop import random
 from qjax._dot import Static, given_to, settings, with_product
 from qjax._modes import max_random_bits
@@ -365,7 +365,7 @@ def _operands(static: Static, number: int, gemm: Gemm, given: dict, lhs, rhs, gr
             turned = _product.rotated(turned, turn, where, given[f"rotate_{side}"], free=True)
             viewed = _product.by_groups(turned, where, split) if split > 1 else (turned, where)
             fmt = _dtype(x.dtype) if quantizer is None else quantizer.fmt
-            found[side] = _operand.laid_out(viewed[0], fmt, viewed[1])[:2]
+            found[side] = _stored.laid_out(viewed[0], fmt, viewed[1])[:2]
         out = equation.outvars[0].aval
         return jnp.zeros(out.shape, out.dtype)  # Of no use: nothing is multiplied here.
 

@@ -1,13 +1,8 @@
-"""Files of quantized parameters: codes and scales in their real bytes, and a description that is checked.
-
-A checkpoint is arrays and a description of them, which is JSON: the format, shape, dtype and blocks of each. No code is
-stored, and none is run: never a pickle.
-"""
+"""A tree with QTensors as arrays and a description of them, which is checked."""
 
 import dataclasses
 import json
 import math
-import pathlib
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,7 +16,6 @@ from qjax._blocks import Rows
 from qjax._encode import QTensor, encode, is_qtensor
 from qjax._patterns import path_of
 from qjax._random import counters
-from qjax._safetensors import opened
 from qjax.formats import format
 
 _VERSION = 1
@@ -48,7 +42,7 @@ def to_arrays(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     >>> description["arrays"]["w"]["format"][:36]
     "Scaled(Float(2, 1, specials='finite'"
     """
-    arrays, described = _split(params)
+    arrays, described = split(params)
     whole = not any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays.values())
     return arrays, _sealed({"qjax": _VERSION, "arrays": described, "checksums": _checksums(arrays) if whole else {}})
 
@@ -66,14 +60,14 @@ def from_arrays(arrays: Mapping[str, Any], description: Mapping[str, Any], *, li
       ValueError: for what is missing, too much, damaged, or not of the shape, dtype or format that is described or
         expected.
     """
-    return _from_arrays("from_arrays", arrays, description, like)
+    return from_checked("from_arrays", arrays, description, like)
 
 
-def _from_arrays(caller: str, arrays: Mapping[str, Any], description: Any, like: Any) -> Any:
-    templates = _templates(caller, description)
+def from_checked(caller: str, arrays: Mapping[str, Any], description: Any, like: Any) -> Any:
+    templates = templates_of(caller, description)
     if like is not None:
-        _check_like(caller, description["arrays"], _split(like)[1])
-    expected = {name: x for path, template in templates.items() for name, x in _named(path, template).items()}
+        check_like(caller, description["arrays"], split(like)[1])
+    expected = arrays_of(templates)
     _check_names(caller, "arrays", set(arrays), set(expected))
     for name, x in expected.items():
         if _shape(arrays[name]) != _shape(x):
@@ -81,7 +75,7 @@ def _from_arrays(caller: str, arrays: Mapping[str, Any], description: Any, like:
                 f"{caller}: {name!r} is {_spelled(arrays[name])}, but the description says {_spelled(x)}; the file is "
                 "damaged, or was changed by other software."
             )
-    wanted = {} if like is None else _split(like)[0]
+    wanted = {} if like is None else split(like)[0]
     placed = {name: jax.device_put(x, getattr(wanted.get(name), "sharding", None)) for name, x in arrays.items()}
     sums = description.get("checksums")
     for name, found in _checksums(placed).items():
@@ -98,109 +92,7 @@ def _from_arrays(caller: str, arrays: Mapping[str, Any], description: Any, like:
         for folder in folders:
             place = place.setdefault(folder, {})
         place[name] = leaf
-    return nested
-
-
-def save_safetensors(path: str | pathlib.Path, params: Any) -> None:
-    """Writes a tree with QTensors to a safetensors file: what ``to_arrays`` makes of it, the description in the header.
-
-    Raises:
-      ImportError: if the package safetensors is not installed.
-      TypeError, ValueError: as ``to_arrays`` does.
-    """
-    arrays, description = to_arrays(params)
-    try:
-        from safetensors.numpy import save_file
-    except ImportError as error:
-        raise ImportError(
-            "save_safetensors: needs the package safetensors; pip install 'qjax[checkpoints]'."
-        ) from error
-    held = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in arrays.items()}
-    save_file(held, path, {"qjax": json.dumps(description)})
-
-
-def load_safetensors(path: str | pathlib.Path, *, like: Any = None) -> Any:
-    """Returns the tree that ``save_safetensors`` wrote, equal bit for bit.
-
-    Args:
-      path: the file.
-      like: as in ``from_arrays``.
-
-    Raises:
-      ImportError: if the package safetensors is not installed.
-      FileNotFoundError: if there is no file.
-      ValueError: for a file that is truncated, damaged, of another kind or not like ``like``; it says what is wrong.
-    """
-    caller = "load_safetensors"
-    with opened(caller, path) as file:
-        try:
-            description = json.loads((file.metadata() or {})["qjax"])
-        except (KeyError, ValueError):
-            raise ValueError(
-                f"{caller}: {str(path)!r} has no description of QTensors, so it was not written by save_safetensors; "
-                "read it with safetensors.flax.load_file, then qjax.quantize_params."
-            ) from None
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    return _from_arrays(caller, arrays, description, like)
-
-
-def save_orbax(path: str | pathlib.Path, params: Any) -> None:
-    """Writes a tree with QTensors to an orbax checkpoint, sharded arrays by shards; ``path`` must not exist.
-
-    It has two items, "params" and "qjax": those of ``to_arrays``, as a standard tree and as JSON.
-
-    Raises:
-      TypeError, ValueError: as ``to_arrays`` does, and as orbax does if there is something at the path.
-    """
-    import orbax.checkpoint as ocp
-
-    arrays, description = to_arrays(params)
-    items = ocp.args.Composite(params=ocp.args.StandardSave(arrays), qjax=ocp.args.JsonSave(description))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(pathlib.Path(path).absolute(), args=items)
-
-
-def load_orbax(path: str | pathlib.Path, *, like: Any = None) -> Any:
-    """Returns the tree that ``save_orbax`` wrote, equal bit for bit.
-
-    Args:
-      path: of the checkpoint.
-      like: as in ``from_arrays``; each device reads its shards. Without it arrays are whole, on the first device.
-
-    Raises:
-      FileNotFoundError: if there is no checkpoint.
-      ValueError: for a checkpoint that is damaged, of another kind, or not like ``like``, with what is wrong in it.
-    """
-    import orbax.checkpoint as ocp
-
-    caller, path = "load_orbax", pathlib.Path(path).absolute()
-    if not path.is_dir():
-        raise FileNotFoundError(f"{caller}: there is no checkpoint {str(path)!r}.")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-
-        def read(item: str, what: Any) -> Any:
-            try:
-                return checkpointer.restore(path, args=ocp.args.Composite(**{item: what}))[item]
-            except Exception as error:  # of many kinds: of orbax, of tensorstore, of JSON, of the operating system
-                raise ValueError(
-                    f"{caller}: the item {item!r} of {str(path)!r} cannot be read, so that it is damaged or was not "
-                    f"written by save_orbax: {type(error).__name__}: {str(error)[:500]}"
-                ) from error
-
-        description = read("qjax", ocp.args.JsonRestore())
-        templates = _templates(caller, description)
-        if like is None:
-            first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            arrays = {name: x for path, template in templates.items() for name, x in _named(path, template).items()}
-        else:
-            first = None
-            arrays, described = _split(like)
-            _check_like(caller, description["arrays"], described)
-        targets = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first)
-            for name, x in arrays.items()
-        }
-        return _from_arrays(caller, read("params", ocp.args.StandardRestore(targets)), description, like)
+    return nested.get("", nested)  # a leaf by itself has no path
 
 
 def _is_array(x) -> bool:
@@ -242,7 +134,7 @@ def _sealed(description: dict[str, Any]) -> dict[str, Any]:
     return said | {"crc32": zlib.crc32(json.dumps(said, sort_keys=True).encode())}
 
 
-def _split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arrays of a tree by name, and what is said of each leaf by path."""
     arrays, described = {}, {}
     for keys, x in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
@@ -252,8 +144,7 @@ def _split(params: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         named = _named(path, x)
         if set(named) & set(arrays) or any("/" in path_of((key,)) for key in keys):
             raise ValueError(f"to_arrays: {path!r} has a key with a slash, or is the name of two arrays; rename it.")
-        described[path] = _described(path, x) if is_qtensor(x) else _shape(x)
-        _template("to_arrays", path, described[path])
+        described[path] = _described(path, x)
         arrays |= named
     return arrays, described
 
@@ -263,6 +154,11 @@ def _parts(q: QTensor) -> Iterator[tuple[str, Any]]:
     for kind in ("scales", "zero_points"):
         for i, part in enumerate(getattr(q, kind)):
             yield f"{kind}.{i}", part.codes
+
+
+def arrays_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arrays of leaves by name, of leaves by path."""
+    return {name: x for path, leaf in leaves.items() for name, x in _named(path, leaf).items()}
 
 
 def _named(path: str, x) -> dict[str, Any]:
@@ -276,22 +172,26 @@ def _filled(path: str, template, arrays: Mapping[str, Any]):
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in names])
 
 
-def _described(path: str, q: QTensor) -> dict[str, Any]:
-    said = {"format": repr(q.fmt), "shape": list(q.shape), "dtype": np.dtype(q.dtype).name, "axis": q.axis}
-    if q.rows is not None:
-        said |= {"order": list(q.rows.order), "rows": list(q.shape_of_codes)}
+def _described(path: str, x) -> dict[str, Any]:
+    """Returns what is said of a leaf, or raises if it would not come back from that as it is."""
+    said = {"shape": list(x.shape), "dtype": np.dtype(x.dtype).name}
+    if not is_qtensor(x):
+        _template("to_arrays", path, said)
+        return said
+    said |= {"format": repr(x.fmt), "axis": x.axis}
+    if x.rows is not None:
+        said |= {"order": list(x.rows.order), "rows": list(x.shape_of_codes)}
     try:
-        known = format(said["format"]) == q.fmt
+        known = format(said["format"]) == x.fmt
     except ValueError:
         known = False
     if not known:
         raise ValueError(
-            f"to_arrays: {path!r} is in {q.fmt!r}, and qjax.format knows no such name; make its Codebook without one."
+            f"to_arrays: {path!r} is in {x.fmt!r}, and qjax.format knows no such name; make its Codebook without one."
         )
     template = _template("to_arrays", path, said)
-    if jax.tree.structure(q) != jax.tree.structure(template) or any(
-        _shape(a) != _shape(b) for a, b in zip(jax.tree.leaves(q), jax.tree.leaves(template), strict=True)
-    ):
+    shapes = zip(jax.tree.leaves(x), jax.tree.leaves(template), strict=False)
+    if jax.tree.structure(x) != jax.tree.structure(template) or any(_shape(a) != _shape(b) for a, b in shapes):
         raise ValueError(
             f"to_arrays: {path!r} is no QTensor as encode makes it of an array {said['shape']}; encode the whole "
             "array, not its slices under vmap."
@@ -307,12 +207,8 @@ def _template(caller: str, path: str, said: Mapping[str, Any]):
             raise ValueError(f"{dtype} needs jax_enable_x64")
         if "format" not in said:
             return jax.ShapeDtypeStruct(shape, dtype)
-        fmt, axis, order, of_codes = (
-            format(said["format"]),
-            int(said["axis"]),
-            said.get("order"),
-            said.get("rows", shape),
-        )
+        fmt, axis = format(said["format"]), int(said["axis"])
+        order, of_codes = said.get("order"), said.get("rows", shape)
         if order is not None and (sorted(order) != list(range(len(shape))) or math.prod(of_codes) != math.prod(shape)):
             raise ValueError(f"rows {of_codes} of the axes {order} are not those of an array {list(shape)}")
         wide = jax.eval_shape(_carrier.widen, jax.ShapeDtypeStruct(shape, dtype)).dtype
@@ -323,7 +219,7 @@ def _template(caller: str, path: str, said: Mapping[str, Any]):
         raise ValueError(f"{caller}: the description of {path!r} makes no sense: {said!r:.300}: {error}") from error
 
 
-def _templates(caller: str, description: Any) -> dict[str, Any]:
+def templates_of(caller: str, description: Any) -> dict[str, Any]:
     version = description.get("qjax") if isinstance(description, Mapping) else None
     if version != _VERSION or not isinstance(description.get("arrays"), Mapping):
         raise ValueError(
@@ -346,7 +242,7 @@ def _check_names(caller: str, what: str, found: set[str], expected: set[str]) ->
         raise ValueError(f"{caller}: of the {len(expected)} {what} {'; '.join(said)}.")
 
 
-def _check_like(caller: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_like(caller: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises if what is described is not what is expected."""
     _check_names(caller, "arrays of like", set(found), set(expected))
     for path, want in expected.items():
