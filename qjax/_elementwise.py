@@ -28,7 +28,7 @@ def elementwise(fn: Callable, *arrays, static: tuple = ()):
     Args:
       fn: hashable, as are ``static``; of numbers it makes a number.
     """
-    steps, result = _program(fn, tuple(x.dtype for x in arrays), static, jax.config.jax_enable_x64)
+    steps, result = _program(fn, tuple(x.dtype for x in arrays), static, jax.dtypes.canonicalize_dtype(np.float64))
     axes = frozenset().union(*(varying(jax.typeof(x)) for x in arrays))
     values = [_varied(x, axes) for x in arrays]
     for function, params, inputs in steps:
@@ -49,8 +49,8 @@ def _varied(x, axes: frozenset[str]):
 
 
 @functools.lru_cache(maxsize=1024)
-def _program(fn: Callable, dtypes: tuple, static: tuple, x64: bool) -> tuple[list[Step], int]:
-    """Returns the operations of fn on numbers and the position of its result; x64 is there to be remembered by."""
+def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[Step], int]:
+    """Returns the operations of fn on numbers and the position of its result; widest is there to be remembered by."""
     numbers = [jax.ShapeDtypeStruct((), dtype) for dtype in dtypes]
     closed = jax.make_jaxpr(lambda *numbers: fn(*numbers, *static))(*numbers)
     steps: list[Step] = []

@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(qjax.__file__).parent
 # A module may import those above it. Modules of one row do not see each other.
 LAYERS = (
     ("laws", "sweep", "linalg"),
-    ("formats", "_carrier", "_elementwise", "unit_scaling"),
+    ("formats", "_carrier", "_elementwise", "_mesh", "unit_scaling"),
     ("_modes", "_to_odd"),
     ("_grid",),
     ("_rounding",),
