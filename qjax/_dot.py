@@ -213,26 +213,32 @@ def _product(static: Static, lhs, rhs, key, state):
     return _product_forward(static, lhs, rhs, key, state)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _product_forward(static: Static, lhs, rhs, key, state):
+    out, kept, recorded = _forward(static, lhs, rhs, key, state)
+    # What is saved as it is does not pass the jit: a scan then knows it for its own input, and keeps no copy.
+    residuals = [(x if saved is None else saved, slope) for x, (saved, slope) in zip((lhs, rhs), kept, strict=True)]
+    return out, (*residuals, key, state, recorded)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(static: Static, lhs, rhs, key, state):
+    """Returns the product, (what is saved in the place of it, its slope) for each operand, and the next histories."""
     recipe, gemm = static.recipe, static.recipe.forward
-    kept: list[Operand] = []
+    operands: list[Operand] = []
     given = given_to(key, state, _FORWARD, gemm)
-    out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, given, kept)
-    residuals = []
+    out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, given, operands)
+    kept = []
     for place, (x, save) in enumerate(((lhs, recipe.save_lhs), (rhs, recipe.save_rhs))):
-        operand = kept[place]
+        saved = None
         if save == "quantized":
-            saved = stored(operand)
+            saved = stored(operands[place])
         elif isinstance(save, Quantizer):
             number = jax.random.fold_in(key, 18 + place) if save.is_stochastic else None
             saved, _ = save.encode(x, key=number)
-        else:
-            saved = x
-        residuals.append((saved, operand.slope))
-    operands = (("lhs", lhs, gemm.lhs), ("rhs", rhs, gemm.rhs))
-    recorded = state and {name: _recorded(state[name], x, quantizer) for name, x, quantizer in operands}
-    return out, (*residuals, key, state, recorded)
+        kept.append((saved, operands[place].slope))
+    named = (("lhs", lhs, gemm.lhs), ("rhs", rhs, gemm.rhs))
+    recorded = state and {name: _recorded(state[name], x, quantizer) for name, x, quantizer in named}
+    return out, kept, recorded
 
 
 @jax.custom_jvp

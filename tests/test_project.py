@@ -31,7 +31,7 @@ LAYERS = (
     ("_recipe", "_jaxpr"),
     ("_product", "_sites", "_custom"),
     ("_dot", "_coverage", "_rules", "_sums", "recipes"),
-    ("_program",),
+    ("_program", "memory"),
     ("_arithmetic",),
     ("_emulate",),
     ("_operations", "_significance"),
