@@ -111,11 +111,11 @@ def main():
     lines = [
         "# A transformer, fully sharded and in MXFP8",
         "",
-        f"- {datetime.datetime.now():%Y-%m-%d %H:%M}, `python benchmarks/sharded.py {' '.join(sys.argv[1:])}`",
+        f"- {datetime.datetime.now():%Y-%m-%d %H:%M}, `python benchmarks/sharded.py`, {options.processes} process(es)",
         f"- {', '.join(packages)}, Python {sys.version.split()[0]}, {os.cpu_count()} cores",
         "",
         f"{size / 1e6:.1f} million parameters, {options.layers} layers of width {options.width}, batches of "
-        f"{options.batch} windows of 64 characters, AdamW; {DEVICES} devices in {options.processes} process(es).",
+        f"{options.batch} windows of 64 characters, AdamW, {DEVICES} devices.",
         "",
         f"- parameters and optimizer state on a device: {held / 2**20:.1f} MiB of {of_one / 2**20:.1f}",
         f"- the loss is that of one device, bit for bit, for the first {equal} of {len(sharded)} steps",
