@@ -15,11 +15,11 @@ from jax import lax
 
 
 class Step(NamedTuple):
-    """An operation of a program: its inputs are positions among the arguments and the results so far."""
+    """An operation of a program: its inputs are constants, or positions among the arguments and the results so far."""
 
     function: Callable
     params: dict[str, Any]
-    inputs: tuple[int, ...]
+    inputs: tuple[int | np.ndarray, ...]
 
 
 def elementwise(fn: Callable, *arrays, static: tuple = ()):
@@ -32,8 +32,15 @@ def elementwise(fn: Callable, *arrays, static: tuple = ()):
     axes = frozenset().union(*(varying(jax.typeof(x)) for x in arrays))
     values = [_varied(x, axes) for x in arrays]
     for function, params, inputs in steps:
-        values.append(function(*(values[i] for i in inputs), **params))
+        operands = (values[i] if isinstance(i, int) else _varied(i, axes) for i in inputs)
+        values.append(function(*operands, **params))
     return values[result]
+
+
+# A function of its own: outside, arrays of constants would be values that a scan hands from step to step.
+@jax.jit
+def _select(which, *cases):
+    return lax.select_n(which, *(x if x.ndim else lax.full_like(which, x, x.dtype) for x in cases))
 
 
 def varying(aval) -> frozenset[str]:
@@ -54,19 +61,6 @@ def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[S
     numbers = [jax.ShapeDtypeStruct((), dtype) for dtype in dtypes]
     closed = jax.make_jaxpr(lambda *numbers: fn(*numbers, *static))(*numbers)
     steps: list[Step] = []
-    constants: dict[tuple[np.dtype, bytes], int] = {}
-
-    def append(function, params, inputs) -> int:
-        steps.append(Step(function, params, inputs))
-        return len(dtypes) + len(steps) - 1
-
-    def position(value: int | np.ndarray) -> int:
-        if isinstance(value, int):
-            return value
-        name = (value.dtype, value.tobytes())
-        if name not in constants:
-            constants[name] = append(lax.full_like, {"fill_value": value, "dtype": value.dtype}, (0,))
-        return constants[name]
 
     def run(jaxpr, values) -> list[int | np.ndarray]:
         known = dict(zip(jaxpr.invars, values, strict=True))
@@ -79,7 +73,10 @@ def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[S
             if "jaxpr" in eqn.params:
                 results = run(eqn.params["jaxpr"].jaxpr, inputs)
             elif any(isinstance(x, int) for x in inputs):
-                results = [append(eqn.primitive.bind, eqn.params, tuple(map(position, inputs)))]
+                selects = eqn.primitive is lax.select_n_p and isinstance(inputs[0], int)
+                function = _select if selects else eqn.primitive.bind
+                steps.append(Step(function, eqn.params, tuple(inputs)))
+                results = [len(dtypes) + len(steps) - 1]
             else:
                 with jax.ensure_compile_time_eval():
                     results = [np.asarray(eqn.primitive.bind(*inputs, **eqn.params))]
@@ -87,7 +84,8 @@ def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[S
         return [read(v) for v in jaxpr.outvars]
 
     (result,) = run(closed.jaxpr, range(len(dtypes)))
-    return _living(steps, position(result), len(dtypes))
+    assert isinstance(result, int), "the result is a constant"
+    return _living(steps, result, len(dtypes))
 
 
 def _living(steps: list[Step], result: int, arguments: int) -> tuple[list[Step], int]:
@@ -95,11 +93,11 @@ def _living(steps: list[Step], result: int, arguments: int) -> tuple[list[Step],
     needed = {result}
     for i in reversed(range(len(steps))):
         if arguments + i in needed:
-            needed.update(steps[i].inputs)
+            needed.update(j for j in steps[i].inputs if isinstance(j, int))
     moved = {i: i for i in range(arguments)}
     living = []
     for i, step in enumerate(steps, arguments):
         if i in needed:
             moved[i] = arguments + len(living)
-            living.append(step._replace(inputs=tuple(moved[j] for j in step.inputs)))
+            living.append(step._replace(inputs=tuple(moved[j] if isinstance(j, int) else j for j in step.inputs)))
     return living, moved[result]
