@@ -71,7 +71,7 @@ def quantized(
     rows, axis, straight = laid_out(x, fmt, axes, promote)
     wide = _carrier.widen(rows)
     bits = max_random_bits(quantizer.rounding, jnp.finfo(wide.dtype).bits)
-    mode = Mode(fmt, quantizer.rounding, axis, quantizer.saturate, wide.dtype)
+    mode = Mode(fmt, quantizer.rounding, axis, quantizer.saturate, wide.dtype, quantizer.axis_name)
     options = {"scale": scale, "random": random(wide, quantizer.keys(key)[0], None, bits)}
 
     def operand(elements, value, **parts) -> Operand:

@@ -9,7 +9,7 @@ import jax
 from jax import lax
 
 from qjax import _carrier
-from qjax._blocks import Rows, blocks_of
+from qjax._blocks import Rows, blocks_of, levels
 from qjax._encode import QTensor, decode_apart
 from qjax._quantizer import Quantizer
 from qjax.formats import Format, Scaled
@@ -46,9 +46,9 @@ def from_rows(rows, axes: Axes, shape: tuple[int, ...]):
 
 def _along(fmt: Format, axes: Axes) -> tuple[int, bool]:
     """Returns the axis of the blocks of a format, and whether they lie in the layout that an array was given in."""
-    blocks_are = {type(level.block) for level in _levels(fmt)}
+    blocks_are = {type(level.block) for level in levels(fmt)}
     along = axes.block
-    if along is None or "axis" in [level.block for level in _levels(fmt)]:
+    if along is None or "axis" in [level.block for level in levels(fmt)]:
         along = axes.contract[0] if len(axes.contract) == 1 else None
     # The layout as it is, if blocks do not care or lie along one of its axes.
     straight = tuple not in blocks_are and (along is not None or not has_direction(fmt))
@@ -61,7 +61,7 @@ def laid_out(x, fmt: Format, axes: Axes, promote: int | None = None) -> tuple[An
     if straight and promote is None:
         return x, axis, True
     rows = to_rows(x, axes)
-    tiles = [len(level.block) for level in _levels(fmt) if isinstance(level.block, tuple)]
+    tiles = [len(level.block) for level in levels(fmt) if isinstance(level.block, tuple)]
     if tiles:
         # A tile spans no two entries of a batch: axes that it has more than the operand has of its own have length 1.
         missing, at = max(tiles) - 1 - len(axes.free), len(axes.batch)
@@ -71,12 +71,7 @@ def laid_out(x, fmt: Format, axes: Axes, promote: int | None = None) -> tuple[An
 
 def has_direction(fmt: Format) -> bool:
     """Returns whether it matters to a format which axes are contracted: whether it has blocks along some of them."""
-    return any(level.block is not None for level in _levels(fmt))
-
-
-def _levels(fmt: Format) -> list[Scaled]:
-    """Returns a block format and those within it, outermost first."""
-    return [fmt, *_levels(fmt.element)] if isinstance(fmt, Scaled) else []
+    return any(level.block is not None for level in levels(fmt))
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value", "source"], meta_fields=["order"])

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from qjax._safetensors import opened
-from qjax.checkpoints._arrays import check_like, from_checked, split, templates_of, to_arrays
+from qjax.checkpoints._arrays import arrays_of, check_like, from_checked, split, templates_of, to_arrays
 
 
 def save_safetensors(path: str | pathlib.Path, params: Any) -> None:
@@ -98,10 +98,8 @@ def load_orbax(path: str | pathlib.Path, *, like: Any = None) -> Any:
                 ) from error
 
         description = read("qjax", ocp.args.JsonRestore())
-        arrays, first = (
-            arrays_of(templates_of(caller, description)),
-            jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-        )
+        arrays = arrays_of(templates_of(caller, description))
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         if like is not None:
             (arrays, described), first = split(like), None
             check_like(caller, description["arrays"], described)
