@@ -45,8 +45,8 @@ def recipe(fmt) -> qjax.Recipe:
 
 
 # Scales per tensor, per channel and in blocks, with and without a mantissa, of two levels, in tiles, with zero points.
-FORMATS = ["e4m3", "int8_tensor", "int8_channel", "mxfp4", "mxfp6_e2m3", "nvfp4", "int4_g32", "uint4_g16", "dynamic8_g16"]
-FORMATS += ["e4m3_16x16"]
+FORMATS = ["e4m3", "int8_tensor", "int8_channel", "mxfp4", "mxfp6_e2m3", "nvfp4", "int4_g32", "uint4_g16"]
+FORMATS += ["dynamic8_g16", "e4m3_16x16"]
 
 LINEN = {
     "Dense": (lambda: nn.Dense(48), (X,)),
