@@ -1,4 +1,4 @@
-"""The network of study 15: all-MiniLM-L6-v2, a sentence encoder, in Flax, with its tokenizer and weights from a package.
+"""The network of study 15: all-MiniLM-L6-v2, a sentence encoder, with its tokenizer; the weights are a package's.
 
 Wang et al. (2020), MiniLM, https://arxiv.org/abs/2002.10957; Reimers and Gurevych (2019), Sentence-BERT,
 https://arxiv.org/abs/1908.10084; Devlin et al. (2019), BERT, https://arxiv.org/abs/1810.04805.

@@ -1,6 +1,7 @@
 """What the output of a network loses if a product is quantized: measured, or from curvature."""
 
 import dataclasses
+import difflib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,8 @@ class Network:
         self._names: dict[str, Site] = {}
         jax.eval_shape(lambda arrays: self._run(arrays, None, self._found), self._arrays)
         if not self.sites:
-            others = f" whose path matches {only!r}, but {', '.join(map(repr, self.left))}" if self.left else ""
+            near = ", ".join(map(repr, difflib.get_close_matches(only, self.left, n=3, cutoff=0.0)))
+            others = f" whose path matches {only!r}; the nearest are {near}" if near else ""
             raise ValueError(f"{caller}: there is no dot product or convolution that can be quantized{others}.")
         self.paths = list(self.sites)
 
