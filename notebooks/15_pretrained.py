@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from minilm import LAYERS, Encoder, Tokenizer, weights
+from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import qjax
@@ -359,8 +360,8 @@ for fmt, (label, color, style) in SHOWN.items():
     for place, kind in enumerate(KINDS):
         values = [alone[fmt][f"layer_{i}/{kind}"] for i in range(LAYERS)]
         face = "white" if ":" in style else color
-        each.plot(7 * place + np.arange(LAYERS), values, style, color=color, mfc=face, ms=4, lw=1, label=label)
-        label = None
+        each.plot(7 * place + np.arange(LAYERS), values, style, color=color, mfc=face, ms=4, lw=1)
+    each.lines[-1].set_label(label)
 each.set_xticks(7 * np.arange(len(KINDS)) + 2.5, KINDS)
 each.tick_params(axis="x", length=0)
 each.set(xlabel="linear layers, those of layers 0 to 5 side by side", ylabel="divergence, this layer alone (nats)")
@@ -389,7 +390,7 @@ figure.savefig(path, dpi=150)
 
 # %% [markdown]
 # (a) The inputs and weights of the linear layers. (b) Two tensors of weights, and what becomes 0. (c) One layer at a
-# time, on the texts for calibration. (d) The whole network, on other texts; bits count the scales of blocks of 16 or 32.
+# time, on the texts for calibration. (d) The whole network, on other texts; the scales of blocks count as bits.
 #
 # ## Reading it
 #
