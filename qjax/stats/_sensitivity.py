@@ -28,7 +28,13 @@ class Network:
     """
 
     def __init__(
-        self, caller: str, fn: Callable, recipes: Sequence[Recipe], args: tuple, kwargs: dict[str, Any], only: str = ".*"
+        self,
+        caller: str,
+        fn: Callable,
+        recipes: Sequence[Recipe],
+        args: tuple,
+        kwargs: dict[str, Any],
+        only: str = ".*",
     ):
         self.caller, self.fn, self.recipes, self._only = caller, fn, tuple(recipes), re.compile(only)
         self.left: dict[str, None] = {}
@@ -42,7 +48,7 @@ class Network:
         jax.eval_shape(lambda arrays: self._run(arrays, None, self._found), self._arrays)
         if not self.sites:
             near = ", ".join(map(repr, difflib.get_close_matches(only, self.left, n=3, cutoff=0.0)))
-            others = f" whose path matches {only!r}; the nearest are {near}" if near else ""
+            others = "" if only == ".*" else f" whose path matches {only!r}; the nearest are {near}"
             raise ValueError(f"{caller}: there is no dot product or convolution that can be quantized{others}.")
         self.paths = list(self.sites)
 
