@@ -48,6 +48,8 @@ bench: $(VENV)/bench.installed
 	$(RUN) benchmarks/laws.py
 	$(RUN) benchmarks/emulate.py
 	$(RUN) benchmarks/watch.py
+	$(RUN) benchmarks/sharded.py
+	$(RUN) benchmarks/memory.py
 
 docs: $(VENV)/docs.installed
 	$(RUN) -m mkdocs build --strict --quiet

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from qjax.formats import Scaled
+from qjax.formats import Format, Scaled
 
 
 class Blocks(NamedTuple):
@@ -50,18 +50,17 @@ class Blocks(NamedTuple):
         """Returns the largest of each block's entries and 0, of shape ``counts``."""
         view, (shape, within) = self.split(x), self._view
         if within:
-            # Neighbours stay apart at first, so that XLA works on vectors, also where x is computed on the way; it
-            # reduces runs over 32 through a copy of the whole array.
+            # Folded first in operations on whole vectors, also where x is computed on the way: XLA reduces one number
+            # after the other. What is folded lies together, so that a mesh can have parts of a block on each device.
             axis, before, after = within[-1], shape[: within[-1]], shape[within[-1] + 1 :]
             size = shape[axis]
             lanes = math.gcd(size, 8) if math.prod(after) == 1 else 1
             folds = next(d for d in range(8, 0, -1) if size // lanes % d == 0)
-            parts = view.reshape(*before, folds, size // folds, *after)
-            view = functools.reduce(jnp.maximum, [lax.index_in_dim(parts, i, axis, False) for i in range(folds)])
-            size //= folds
-            run = next(d for d in range(32, 0, -1) if size // lanes % d == 0)
-            view = lax.optimization_barrier(view).reshape(*before, size // lanes // run, run, lanes, *after)
-            view = jnp.max(view, axis=axis + 1, initial=0).reshape(*before, size // run, *after)
+            width = lanes * math.gcd(size // lanes // folds, 2) if lanes > 1 else 1
+            parts = view.reshape(*before, size // width // folds, folds, width, *after)
+            view = functools.reduce(jnp.maximum, [lax.index_in_dim(parts, i, axis + 1, False) for i in range(folds)])
+            view = lax.optimization_barrier(view)
+            view = view.reshape(*before, size // folds, *after)
         return jnp.max(view, axis=within, initial=0).reshape(self.counts)
 
     def spread(self, scales):
@@ -84,3 +83,8 @@ def blocks_of(fmt: Scaled, shape: tuple[int, ...], axis: int) -> Blocks:
         size = shape[axis] if fmt.block == "axis" else fmt.block
         sizes = tuple(size if i == axis else 1 for i in range(len(shape)))
     return Blocks(shape, tuple(max(1, min(size, n)) for size, n in zip(sizes, shape, strict=True)))
+
+
+def levels(fmt: Format) -> list[Scaled]:
+    """Returns a block format and those within it, outermost first."""
+    return [fmt, *levels(fmt.element)] if isinstance(fmt, Scaled) else []

@@ -9,11 +9,13 @@ import numpy as np
 from jaxtyping import Array, Inexact, UInt
 
 from qjax import _carrier, _modes, _random
-from qjax._blocks import blocks_of
+from qjax._blocks import blocks_of, levels
+from qjax._mesh import in_auto_axes
 from qjax._modes import Random, Rounding
 from qjax._scaled import Mode, quantize
-from qjax.formats import Fixed, Format, Scaled, format
+from qjax.formats import Fixed, Format, Rms, Scaled, format
 
+AxisName = str | tuple[str, ...] | None
 RoundingLike = (
     Rounding
     | Literal[
@@ -43,6 +45,7 @@ def chop(
     key: Array | None = None,
     random_bits: int | UInt[Array, "*shape"] | None = None,
     saturate: bool = False,
+    axis_name: AxisName = None,
 ) -> Inexact[Array, "*shape"]:
     """Returns x rounded to the values of a format, with the shape and dtype of x.
 
@@ -64,6 +67,8 @@ def chop(
         themselves, an unsigned array of the shape of x, of which every bit counts; then there is no key.
       saturate: whether overflow, infinities included, gives the largest value. Elements of ``Scaled`` formats and
         ``Fixed`` formats saturate in any case, as do formats without infinity and NaN.
+      axis_name: under ``jax.shard_map``, or a vmap with a name, the mesh axes whose devices hold parts of x: scales
+        that a tensor or an axis shares are then those of the whole, from the maximum over the devices.
 
     Special values: a NaN stays one where the format has it (as the canonical positive quiet NaN); else it becomes the
     largest value, or 0 in ``Fixed``. Overflow of finite numbers gives infinity, or NaN in a format that has no
@@ -97,11 +102,12 @@ def chop(
     Sources: IEEE 754-2019, sections 4.3 and 7.4; OCP Microscaling Formats 1.0 (2023), section 6.3; Esser et al. (2020),
     Learned step size quantization, https://arxiv.org/abs/1902.08153, equation 3.
     """
-    x, mode, scale, key, words, bits = _checked("chop", x, fmt, rounding, axis, scale, key, random_bits, saturate)
+    options = (axis, scale, key, random_bits, saturate, axis_name)
+    x, mode, scale, key, words, bits = _checked("chop", x, fmt, rounding, *options)
     return _chop(x, scale, key, words, mode=mode, bits=bits)
 
 
-def _checked(caller: str, x, fmt, rounding, axis: int, scale, key, random_bits, saturate: bool):
+def _checked(caller: str, x, fmt, rounding, axis: int, scale, key, random_bits, saturate: bool, axis_name=None):
     """Returns the operands of a call as arrays and its static part, or raises what is wrong with them."""
     fmt = format(fmt)
     rounding = _rounding_named(caller, rounding)
@@ -123,6 +129,9 @@ def _checked(caller: str, x, fmt, rounding, axis: int, scale, key, random_bits, 
                 f"{caller}: scale of shape {scale.shape} does not broadcast to {counts}, one for each block of {fmt!r}."
             )
         scale = _carrier.widen(scale).astype(np.float64 if width == 64 else np.float32)
+    names = axis_names(caller, fmt, axis_name)
+    if names and scale is not None:
+        raise ValueError(f"{caller}: axis_name was given with a scale, which needs no maximum; leave one out.")
     if isinstance(fmt, Fixed) and fmt.overflow == "wrap" and fmt.bits > width:
         raise ValueError(
             f"{caller}: {fmt!r} wraps {fmt.bits} bits, more than the {width} that {x.dtype} is worked on with; "
@@ -159,7 +168,24 @@ def _checked(caller: str, x, fmt, rounding, axis: int, scale, key, random_bits, 
                 f"{caller}: rounding {rounding.value!r} needs key=jax.random.key(...), or the random words themselves "
                 f"as random_bits, got {'neither' if key is None else 'both'}."
             )
-    return x, Mode(fmt, rounding, axis, saturate, x.dtype), scale, key, words, bits
+    return x, Mode(fmt, rounding, axis, saturate, x.dtype, names), scale, key, words, bits
+
+
+def axis_names(caller: str, fmt: Format, axis_name: AxisName) -> tuple[str, ...]:
+    """Returns the mesh axes as a tuple, or raises if no scale of the format can be that of arrays on many devices."""
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    spanning = [level for level in levels(fmt) if level.block in (None, "axis")]
+    if names and not spanning:
+        raise ValueError(
+            f"{caller}: axis_name was given, but {fmt!r} has no scale of a tensor or an axis; give each device whole "
+            "blocks, and leave axis_name out."
+        )
+    if names and any(isinstance(level.rule, Rms) or level.rule == "mse" for level in spanning):
+        raise ValueError(
+            f"{caller}: with axis_name scales are those of the largest magnitude, but {fmt!r} has another rule; take "
+            "'absmax' or a power-of-two rule."
+        )
+    return names
 
 
 def _rounding_named(caller: str, rounding) -> Rounding:
@@ -216,7 +242,14 @@ def _chop(x, scale, key, words, *, mode: Mode, bits: int):
         both = jnp.stack([x.real, x.imag])
         both = _value(both, scale, random(both, key, None if words is None else jnp.stack([words, words]), bits), part)
         return jax.lax.complex(both[0], both[1])
-    return _value(x, scale, random(x, key, words, bits), mode)
+
+    def value(x, scale, key, words):
+        return _value(x, scale, random(x, key, words, bits), mode)
+
+    # Elements are rounded as they lie; blocks are reshaped.
+    if isinstance(mode.fmt, Scaled):
+        return in_auto_axes(value, jax.typeof(x).sharding, x, scale, key, words)
+    return value(x, scale, key, words)
 
 
 def random(x, key, words, bits: int) -> Random | None:

@@ -1,5 +1,6 @@
 """``dot_general`` and ``conv_general_dilated`` with every operand of the product and of its gradients in a format."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from jaxtyping import Array
 
 from qjax._encode import QTensor, decode
 from qjax._jaxpr import is_literal
+from qjax._mesh import in_auto_axes
 from qjax._operand import Operand, restored, stored
 from qjax._product import axes_of, product, rotated, swapped
 from qjax._quantizer import Quantizer
@@ -133,10 +135,13 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
                 "yourself, x.astype(numpy.float32), or set jax_enable_x64."
             )
     static = Static(operation, settings(options), recipe, (lhs.dtype, rhs.dtype))
-    if not any(isinstance(x, Tracer) for x in (lhs, rhs)):
-        return _product(static, lhs, rhs, key, state)
-    with marked(jax.make_jaxpr(static.product)(lhs, rhs).jaxpr.eqns[-1], recipe):
-        return _product(static, lhs, rhs, key, state)
+    program = jax.make_jaxpr(static.product)(lhs, rhs)
+    # On a mesh with explicit axes the sharding is asked of the result as a whole, not of the product within.
+    static = static._replace(options=settings(options | ({"out_sharding": None} if "out_sharding" in options else {})))
+    traced = any(isinstance(x, Tracer) for x in (lhs, rhs))
+    with marked(program.jaxpr.eqns[-1], recipe) if traced else contextlib.nullcontext():
+        run = functools.partial(_product, static)
+        return in_auto_axes(run, program.out_avals[0].sharding, lhs, rhs, key, state)
 
 
 def settings(options: dict[str, Any]) -> tuple:
@@ -195,9 +200,12 @@ def given_to(key, state, number: int, gemm: Gemm) -> dict[str, Any]:
     return given
 
 
-def _recorded(history, x):
+def _recorded(history, x, quantizer: Quantizer | None):
     """Returns a history with the largest magnitude of an array before all others, and the last one gone."""
-    return jnp.concatenate([jnp.max(jnp.abs(x)).astype(history.dtype)[None], history[:-1]])
+    largest = jnp.max(jnp.abs(x)).astype(history.dtype)
+    if quantizer is not None and quantizer.axis_name:
+        largest = lax.pmax(largest, quantizer.axis_name)
+    return jnp.concatenate([largest[None], history[:-1]])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -205,25 +213,32 @@ def _product(static: Static, lhs, rhs, key, state):
     return _product_forward(static, lhs, rhs, key, state)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _product_forward(static: Static, lhs, rhs, key, state):
+    out, kept, recorded = _forward(static, lhs, rhs, key, state)
+    # What is saved as it is does not pass the jit: a scan then knows it for its own input, and keeps no copy.
+    residuals = [(x if saved is None else saved, slope) for x, (saved, slope) in zip((lhs, rhs), kept, strict=True)]
+    return out, (*residuals, key, state, recorded)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(static: Static, lhs, rhs, key, state):
+    """Returns the product, (what is saved in the place of it, its slope) for each operand, and the next histories."""
     recipe, gemm = static.recipe, static.recipe.forward
-    kept: list[Operand] = []
+    operands: list[Operand] = []
     given = given_to(key, state, _FORWARD, gemm)
-    out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, given, kept)
-    residuals = []
+    out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, given, operands)
+    kept = []
     for place, (x, save) in enumerate(((lhs, recipe.save_lhs), (rhs, recipe.save_rhs))):
-        operand = kept[place]
+        saved = None
         if save == "quantized":
-            saved = stored(operand)
+            saved = stored(operands[place])
         elif isinstance(save, Quantizer):
             number = jax.random.fold_in(key, 18 + place) if save.is_stochastic else None
             saved, _ = save.encode(x, key=number)
-        else:
-            saved = x
-        residuals.append((saved, operand.slope))
-    recorded = state and {"lhs": _recorded(state["lhs"], lhs), "rhs": _recorded(state["rhs"], rhs)}
-    return out, (*residuals, key, state, recorded)
+        kept.append((saved, operands[place].slope))
+    named = (("lhs", lhs, gemm.lhs), ("rhs", rhs, gemm.rhs))
+    recorded = state and {name: _recorded(state[name], x, quantizer) for name, x, quantizer in named}
+    return out, kept, recorded
 
 
 @jax.custom_jvp
@@ -267,7 +282,7 @@ def _product_backward(static: Static, residuals, gradient):
             free = functools.partial(rotated, rotation=getattr(forward, name), axes=where, key=given[name], free=True)
             turned = free(free(turned) * slope.astype(x.dtype), inverse=True)
         results.append(rotated(turned, turn, where, given["rotate"], inverse=True))
-    following = recorded and recorded | {"gradient": _recorded(state["gradient"], gradient)}
+    following = recorded and recorded | {"gradient": _recorded(state["gradient"], gradient, recipe.dlhs.lhs)}
     return *results, None, following
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Inexact, UInt
 from qjax import _carrier, _packing
 from qjax._blocks import blocks_of
 from qjax._carrier import Carrier
-from qjax._chop import RoundingLike, _checked, random
+from qjax._chop import AxisName, RoundingLike, _checked, random
 from qjax._modes import Rounding
 from qjax._scaled import Mode, Parts, _hold, multiply, once_per_block, quantize
 from qjax.formats import FP32, FP64, Codebook, Fixed, Float, Format, Scaled
@@ -107,6 +107,7 @@ def encode(
     key: Array | None = None,
     random_bits: int | UInt[Array, "*shape"] | None = None,
     saturate: bool = False,
+    axis_name: AxisName = None,
 ) -> QTensor:
     """Returns x in real storage: the ``QTensor`` of ``chop(x, fmt, ...)``.
 
@@ -126,7 +127,8 @@ def encode(
 
     Source of the layouts: OCP Microscaling Formats 1.0 (2023), section 5; IEEE P3109; ml_dtypes.
     """
-    x, mode, scale, key, words, bits = _checked("encode", x, fmt, rounding, axis, scale, key, random_bits, saturate)
+    options = (axis, scale, key, random_bits, saturate, axis_name)
+    x, mode, scale, key, words, bits = _checked("encode", x, fmt, rounding, *options)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError("encode: x is complex; encode x.real and x.imag.")
     width = _carrier.carrier(x.dtype).width

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax import _random
+from qjax._elementwise import varying
 
 if TYPE_CHECKING:
     from jax.extend import core
@@ -239,14 +240,9 @@ def _names(plan: Plan) -> set[str]:
 def _shard_key(key: Key | None, eqn) -> Key | None:
     """Returns a key of its own for each shard, along the axes that the operands vary over."""
     if key is not None:
-        for axis in sorted(set().union(*(_varying(v.aval) for v in eqn.invars))):
+        for axis in sorted(set().union(*(varying(v.aval) for v in eqn.invars))):
             key = key.folded(jax.lax.axis_index(axis))
     return key
-
-
-def _varying(aval) -> frozenset[str]:
-    mesh_axes = getattr(aval, "manual_axis_type", None)  # jax 0.9 and before: vma
-    return getattr(aval, "vma", frozenset()) if mesh_axes is None else mesh_axes.varying
 
 
 def _call(params, plans, args, key, state):

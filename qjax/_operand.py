@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from qjax import _carrier
-from qjax._blocks import blocks_of
+from qjax._blocks import blocks_of, levels
 from qjax._chop import random
 from qjax._encode import decode
 from qjax._modes import max_random_bits
@@ -76,16 +76,16 @@ def from_rows(rows, axes: Axes, shape: tuple[int, ...]):
 
 def laid_out(x, fmt: Format, axes: Axes, promote: int | None = None) -> tuple[Any, int, bool]:
     """Returns x as a format's blocks lie in it, their axis, and whether it is in the layout that it was given in."""
-    blocks_are = {type(level.block) for level in _levels(fmt)}
+    blocks_are = {type(level.block) for level in levels(fmt)}
     tiled, along = tuple in blocks_are, axes.block
-    if along is None or "axis" in [level.block for level in _levels(fmt)]:
+    if along is None or "axis" in [level.block for level in levels(fmt)]:
         along = axes.contract[0] if len(axes.contract) == 1 else None
     # The layout as it is, if blocks do not care or lie along one of its axes.
     straight = promote is None and not tiled and (along is not None or blocks_are <= {type(None)})
     rows = x if straight else to_rows(x, axes)
     if tiled:
         # A tile spans no two entries of a batch: axes that it has more than the operand has of its own have length 1.
-        longest = max(len(level.block) for level in _levels(fmt) if isinstance(level.block, tuple))
+        longest = max(len(level.block) for level in levels(fmt) if isinstance(level.block, tuple))
         missing, at = longest - 1 - len(axes.free), len(axes.batch)
         rows = rows.reshape(*rows.shape[:at], *(1,) * missing, *rows.shape[at:])
     return rows, along if straight and along is not None else -1, straight
@@ -115,7 +115,7 @@ def quantized(
     rows, axis, straight = laid_out(x, fmt, axes, promote)
     wide = _carrier.widen(rows)
     bits = max_random_bits(quantizer.rounding, jnp.finfo(wide.dtype).bits)
-    mode = Mode(fmt, quantizer.rounding, axis, quantizer.saturate, wide.dtype)
+    mode = Mode(fmt, quantizer.rounding, axis, quantizer.saturate, wide.dtype, quantizer.axis_name)
     options = {"scale": scale, "random": random(wide, quantizer.keys(key)[0], None, bits)}
 
     def operand(elements, value, **parts) -> Operand:
@@ -158,11 +158,6 @@ def _element(fmt: Scaled) -> Format:
 
 def _back(rows, x, axes: Axes, straight: bool):
     return rows if straight else from_rows(rows, axes, x.shape)
-
-
-def _levels(fmt: Format) -> list[Scaled]:
-    """Returns a block format and those within it, outermost first."""
-    return [fmt, *_levels(fmt.element)] if isinstance(fmt, Scaled) else []
 
 
 def windows(x, axis: int, window: int, stride: int, dilation: int):

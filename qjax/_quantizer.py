@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Inexact
 
 from qjax import _carrier
 from qjax._blocks import blocks_of
-from qjax._chop import RoundingLike, _array, _rounding_named, chop
+from qjax._chop import AxisName, RoundingLike, _array, _rounding_named, axis_names, chop
 from qjax._encode import QTensor, decode, encode
 from qjax._faults import Faults
 from qjax._modes import Rounding
@@ -80,6 +81,7 @@ class Quantizer:
         ``TrustMasked()`` or a callable of your own (see ``StraightThrough``).
       faults: ``Faults`` that strike the codes, None for none. The value is that of the codes with faults, the gradient
         that of the estimator; with respect to a given scale there is none then.
+      axis_name: as in ``chop``; with a given scale it says nothing.
 
     >>> import jax, jax.numpy as jnp, qjax
     >>> q = qjax.Quantizer("int4", estimator=qjax.Clipped())
@@ -93,6 +95,7 @@ class Quantizer:
     saturate: bool
     estimator: Estimator
     faults: Faults | None
+    axis_name: tuple[str, ...]
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class Quantizer:
         saturate: bool = True,
         estimator: Estimator = StraightThrough(),
         faults: Faults | None = None,
+        axis_name: AxisName = None,
     ):
         if not callable(estimator):
             raise TypeError(f"Quantizer: estimator must be callable, got {estimator!r}; use qjax.StraightThrough().")
@@ -113,6 +117,7 @@ class Quantizer:
             ("saturate", saturate),
             ("estimator", estimator),
             ("faults", faults),
+            ("axis_name", axis_names("Quantizer", format(fmt), axis_name)),
         ):
             object.__setattr__(self, name, value)
 
@@ -130,7 +135,7 @@ class Quantizer:
           TypeError, ValueError: as ``chop`` does.
         """
         if isinstance(self.estimator, StraightThrough) and self.faults is None:
-            return chop(x, self.fmt, self.rounding, axis=axis, key=key, scale=scale, saturate=self.saturate)
+            return chop(x, self.fmt, self.rounding, **self._options(axis, key, scale))
         x = _array("Quantizer", x)
         return _estimated(x, key, scale, self, axis)
 
@@ -151,8 +156,12 @@ class Quantizer:
         (Array([-1., -1., -1., -1., -1.], dtype=float32), 5)
         """
         draws, struck = self.keys(key)
-        q = encode(x, self.fmt, self.rounding, axis=axis, key=draws, scale=scale, saturate=self.saturate)
+        q = encode(x, self.fmt, self.rounding, **self._options(axis, draws, scale))
         return (q, jnp.zeros((), jnp.int32)) if self.faults is None else self.faults.strike(q, key=struck)
+
+    def _options(self, axis: int, key, scale) -> dict[str, Any]:
+        spans = None if scale is not None else self.axis_name
+        return {"axis": axis, "key": key, "scale": scale, "saturate": self.saturate, "axis_name": spans}
 
     def keys(self, key: Array | None) -> tuple[Array | None, Array | None]:
         """Returns the key that rounding draws from, that of no faults, and the key of the faults; None where unused.
@@ -173,7 +182,7 @@ def _estimated(x, key, scale, quantizer: Quantizer, axis: int):
     q = quantizer
     if q.faults is not None:
         return decode(q.encode(x, axis=axis, key=key, scale=scale)[0])
-    return chop(x, q.fmt, q.rounding, axis=axis, key=key, scale=scale, saturate=q.saturate)
+    return chop(x, q.fmt, q.rounding, **q._options(axis, key, scale))
 
 
 @_estimated.defjvp
@@ -185,12 +194,12 @@ def _estimated_jvp(quantizer: Quantizer, axis: int, primals, tangents):
 
 def derivative(quantizer: Quantizer, x, value, axis: int, scale=None):
     """Returns the derivative that the estimator of a quantizer gives, in the shape of x."""
-    low, high, step = _range(x, quantizer.fmt, axis, scale)
+    low, high, step = _range(x, quantizer.fmt, axis, scale, quantizer.axis_name)
     wide = _carrier.widen(x)
     return quantizer.estimator(wide, _carrier.widen(value), low, high, step)
 
 
-def _range(x, fmt: Format, axis: int, scale):
+def _range(x, fmt: Format, axis: int, scale, axis_name: tuple[str, ...] = ()):
     """Returns the lowest and the largest value that the block of each element can hold, and the spacing below it."""
     dtype = _carrier.widen(x).dtype
     if not isinstance(fmt, Scaled):
@@ -200,7 +209,7 @@ def _range(x, fmt: Format, axis: int, scale):
         else:
             step = fmt.eps if isinstance(fmt, Fixed) else fmt.table[-1] - fmt.table[-2]
         return tuple(jnp.full_like(x, end, dtype=dtype) for end in (low, fmt.max, step))
-    mode = Mode(fmt, Rounding.NEAREST_EVEN, axis, True, x.dtype)
+    mode = Mode(fmt, Rounding.NEAREST_EVEN, axis, True, x.dtype, axis_name)
     _, parts = quantize(_carrier.widen(x), mode, scale=scale)
     shared = jnp.ones_like(x, dtype=dtype)
     level: Format = fmt

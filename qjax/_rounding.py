@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax._carrier import Carrier, carrier, compose, decompose, from_bits, to_bits
+from qjax._elementwise import elementwise
 from qjax._grid import Grid, grid_of
 from qjax._modes import Random, Rounding, as_proportional, bump, goes_up, least_up
 from qjax.formats import Fixed, Float
@@ -44,8 +45,22 @@ def round_to(
     exponent of the finest spacing. So the low ``max(carrier's m - m, q - exponent of the lowest bit)`` bits go, in
     place: a carry runs into the exponent, as it should. Below the smallest value there are only 0 and that value.
     """
+    dtype = jnp.dtype(dtype or x.dtype)
+    if not isinstance(shift, int):
+        return _round(x, fmt, rounding, random, saturate, shift, least_shift, spread, dtype, may_be_nan)
+    drawn, bits = ((), 0) if random is None else ((random.words,), random.bits)
+    return elementwise(_round_numbers, x, *drawn, static=(fmt, rounding, bits, saturate, shift, dtype, may_be_nan))
+
+
+def _round_numbers(x, *words_and_static):
+    *words, fmt, rounding, bits, saturate, shift, dtype, may_be_nan = words_and_static
+    random = Random(words[0], bits) if words else None
+    return _round(x, fmt, rounding, random, saturate, shift, 0, None, dtype, may_be_nan)
+
+
+def _round(x, fmt, rounding, random: Random | None, saturate, shift, least_shift, spread, dtype, may_be_nan):
     c = carrier(x.dtype)
-    grid = grid_of(fmt, rounding, shift, least_shift, jnp.finfo(dtype or x.dtype), spread, c)
+    grid = grid_of(fmt, rounding, shift, least_shift, jnp.finfo(dtype), spread, c)
     bits = to_bits(x, c)
     magnitude, sign = bits & c.uint(c.sign - 1), bits & c.uint(c.sign)
     negative = sign != 0
@@ -87,11 +102,13 @@ def round_to(
         result = jnp.where(nonzero, jnp.minimum(rounded, largest) | sign, c.uint(0))
     else:
         least = c.uint(0)
+        if grid.has_zero and not in_place:
+            rounded = jnp.where(zero, least, rounded)
         if not grid.has_zero:
             exponent = jnp.asarray(grid.power + grid.shift, c.int)
             least = compose(jnp.ones_like(exponent), exponent, c)
-        rounded = jnp.maximum(jnp.where(zero, c.uint(0), rounded), least)
-        nan = (magnitude > c.uint(c.inf)) & may_be_nan
+            rounded = jnp.maximum(rounded, least)
+        nan = magnitude > c.uint(c.inf) if may_be_nan else jnp.zeros_like(negative)
         saturate = saturate or not grid.is_static
         result = _special(rounded, magnitude, sign, least, largest, nan, fmt, rounding, saturate, c)
     if not grid.is_static:

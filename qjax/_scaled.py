@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qjax import _carrier, _rounding
 from qjax._blocks import Blocks, blocks_of
@@ -22,6 +23,7 @@ class Mode(NamedTuple):
     axis: int
     saturate: bool
     dtype: Any
+    axis_name: tuple[str, ...] = ()
 
 
 class Parts(NamedTuple):
@@ -97,7 +99,7 @@ def _scale_of(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random: Random
     """Returns the scale of each block: the given one in the scale's format, or that of the rule."""
     if scale is not None:
         return _given_scale(scale, fmt, blocks)
-    largest = _largest(x, blocks)
+    largest = _over_devices(_largest(x, blocks), fmt, inner)
     if isinstance(fmt.rule, Rms):
         return _rms_scale(x, largest, fmt, fmt.rule, blocks)
     return _best_scale(x, largest, fmt, blocks, inner, random) if fmt.rule == "mse" else _rule(largest, fmt)
@@ -154,6 +156,11 @@ def _largest(x, blocks: Blocks):
     """Returns the bits of the largest magnitude of each block; NaN is above infinity, infinity above all else."""
     c = _carrier.carrier(x.dtype)
     return blocks.maximum(_carrier.to_bits(x, c) & c.uint(c.sign - 1))
+
+
+def _over_devices(largest, fmt: Scaled, mode: Mode):
+    """Returns the largest magnitudes of blocks that span the devices along the axes of the mode."""
+    return lax.pmax(largest, mode.axis_name) if mode.axis_name and fmt.block in (None, "axis") else largest
 
 
 def _quotient(magnitude, divisor: float, c):
@@ -258,10 +265,8 @@ def _quantize_affine(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random:
     bits = _carrier.to_bits(x, c)
     negative, magnitude = bits >= c.uint(c.sign), bits & c.uint(c.sign - 1)
     # Integers keep a NaN, which XLA's maximum of floats may lose.
-    below, above = (
-        _carrier.flush(_carrier.from_bits(blocks.maximum(jnp.where(side, magnitude, 0)), c))
-        for side in (negative, ~negative)
-    )
+    sides = (blocks.maximum(jnp.where(side, magnitude, 0)) for side in (negative, ~negative))
+    below, above = (_carrier.flush(_carrier.from_bits(_over_devices(side, fmt, inner), c)) for side in sides)
     if scale is None:
         span = _carrier.to_bits(above + below, c)
         scale = _nearest_scale(_quotient(span, element.max, c), fmt)

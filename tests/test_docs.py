@@ -86,7 +86,7 @@ def test_every_layer_is_listed(module, flax_module):
 def test_the_reference_names_nothing_else():
     reference, modules = (
         (ROOT / "docs" / "api.md").read_text(),
-        {"collectives", "laws", "linalg", "linen", "nnx", "optim", "stats", "sweep", "unit_scaling"},
+        {"collectives", "laws", "linalg", "linen", "memory", "nnx", "optim", "stats", "sweep", "unit_scaling"},
     )
     assert set(re.findall(r"^(?:::: qjax\.|### `)(\w+)", reference, re.MULTILINE)) <= {*qjax.__all__, *modules}
 

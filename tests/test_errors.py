@@ -44,6 +44,13 @@ REFUSALS = {
     ),
     "chop: axis 2 does not exist in x of shape \\(4, 48\\)": lambda: qjax.chop(X, "mxfp4", axis=2),
     "chop: axis -3 does not exist": lambda: qjax.chop(X, "int8_channel", axis=-3),
+    "chop: axis_name was given, but Scaled.* has no scale of a tensor or an axis": lambda: qjax.chop(
+        X, "mxfp4", axis_name="d"
+    ),
+    "chop: axis_name was given with a scale": lambda: qjax.chop(X, "e4m3_tensor", scale=1.0, axis_name="d"),
+    "Quantizer: with axis_name scales are those of the largest magnitude, but .* has another rule": lambda: (
+        qjax.Quantizer(qjax.Scaled(qjax.Fixed(8), qjax.format("fp32"), None, rule="mse"), axis_name=("d",))
+    ),
     "encode: axis 5 does not exist": lambda: qjax.encode(X, "nvfp4", axis=5),
     "chop: tiles of \\(128, 128\\) need 2 axes, x has shape \\(48,\\)": lambda: qjax.chop(X[0], "e4m3_128x128"),
     "chop: axis=0 was given, but tiles lie over the last axes": lambda: qjax.chop(X, "e4m3_2x2", axis=0),

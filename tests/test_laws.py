@@ -117,6 +117,27 @@ def test_sharded(name, rounding):
     assert same(y, qjax.chop(X, name, rounding, **options))
 
 
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
+def test_in_shard_map(rounding):
+    """The number and its random words need not vary over the same axes of the mesh."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    draws = rounding == "stochastic"
+
+    def shared(x):
+        return qjax.chop(x, "e4m3", rounding, key=KEY if draws else None)
+
+    def own(x):
+        key = jax.random.fold_in(KEY, jax.lax.axis_index("d"))
+        return qjax.chop(x, "e4m3", rounding, key=key if draws else None)
+
+    rows = jnp.resize(X, (8, 48))
+    shard = jax.shard_map(shared, mesh=mesh, in_specs=jax.P("d"), out_specs=jax.P("d"))
+    assert same(shard(rows), jnp.concatenate([shared(row[None]) for row in rows]))
+    whole = jax.shard_map(own, mesh=mesh, in_specs=jax.P(), out_specs=jax.P("d") if draws else jax.P())
+    keys = [jax.random.fold_in(KEY, i) for i in range(8)] if draws else [None]
+    assert same(whole(rows), jnp.concatenate([qjax.chop(rows, "e4m3", rounding, key=key) for key in keys]))
+
+
 def test_keys():
     """Law 6: one key, one draw, for all rows of a vmap too; a key split per row or step draws afresh."""
     x = jnp.full((8, 512), 0.3, jnp.float32)

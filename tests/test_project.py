@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(qjax.__file__).parent
 # A module may import those above it. Modules of one row do not see each other.
 LAYERS = (
     ("laws", "sweep", "linalg"),
-    ("formats", "_carrier", "unit_scaling"),
+    ("formats", "_carrier", "_elementwise", "_mesh", "unit_scaling"),
     ("_modes", "_to_odd"),
     ("_grid",),
     ("_rounding",),
@@ -31,7 +31,7 @@ LAYERS = (
     ("_recipe", "_jaxpr"),
     ("_product", "_sites", "_custom"),
     ("_dot", "_coverage", "_rules", "_sums", "recipes"),
-    ("_program",),
+    ("_program", "memory"),
     ("_arithmetic",),
     ("_emulate",),
     ("_operations", "_significance"),

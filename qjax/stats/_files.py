@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax._blocks import levels
 from qjax._encode import decode, encode
 from qjax.formats import Format, Scaled, format
 from qjax.stats._measure import measure
@@ -111,29 +112,21 @@ def _measured(whole: Callable, array: Any, shape: tuple[int, ...], fmt: Format) 
     return total(measure(array[piece], fmt, scale=scale, saturate=True) for piece in pieces(shape, *_units(fmt, shape)))
 
 
-def _levels(fmt: Format) -> Iterator[Scaled]:
-    while isinstance(fmt, Scaled):
-        yield fmt
-        fmt = fmt.element
-
-
 def _needs_all(fmt: Format) -> bool:
     """Returns whether pieces cannot hold whole blocks, or a scale needs more than the largest magnitude."""
-    levels = list(_levels(fmt))
-    if any(isinstance(level.block, tuple) and len(level.block) > 2 for level in levels):
+    if any(isinstance(level.block, tuple) and len(level.block) > 2 for level in levels(fmt)):
         return True
-    if any(level.block is None for level in levels[1:]):
+    if any(level.block is None for level in levels(fmt)[1:]):
         return True
-    of_tensor = bool(levels) and levels[0].block is None
-    return of_tensor and (
-        levels[0].zero_point is not None or not isinstance(levels[0].rule, str) or levels[0].rule == "mse"
-    )
+    if not isinstance(fmt, Scaled) or fmt.block is not None:
+        return False
+    return fmt.zero_point is not None or not isinstance(fmt.rule, str) or fmt.rule == "mse"
 
 
 def _units(fmt: Format, shape: tuple[int, ...]) -> tuple[int, int]:
     """Returns of how many rows and columns a piece must hold multiples, to hold whole blocks."""
     rows, columns = 1, 1
-    for level in _levels(fmt):
+    for level in levels(fmt):
         block = level.block
         if block == "axis":
             columns = shape[-1]

@@ -344,7 +344,7 @@ def _seen(static: Static, lhs, rhs, gradient, key) -> dict[str, Stats]:
                 rounding = Quantizer(fmt) if quantizer is None else quantizer
                 wide = _carrier.widen(x)
                 bits = max_random_bits(rounding.rounding, jnp.finfo(wide.dtype).bits)
-                mode = Mode(fmt, rounding.rounding, axis, rounding.saturate, wide.dtype)
+                mode = Mode(fmt, rounding.rounding, axis, rounding.saturate, wide.dtype, rounding.axis_name)
                 errors = of_error(wide, mode, random=random(wide, rounding.keys(given[side])[0], None, bits))
                 known[place, quantizer] = errors | (of_signal(wide) if turned else signals[place])
             found[operand] = Stats(**known[place, quantizer], fmt=fmt)

@@ -1,0 +1,103 @@
+"""Functions of numbers that are traced once and run on arrays of any shape.
+
+The rounding core is some forty operations, each of which JAX traces anew, within ``jax.numpy``, for every shape. As a
+program of one number it is traced once for a format, what it works out of constants alone is worked out once, and it
+costs an array little more than its primitive operations.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+
+
+class Step(NamedTuple):
+    """An operation of a program: its inputs are constants, or positions among the arguments and the results so far."""
+
+    function: Callable
+    params: dict[str, Any]
+    inputs: tuple[int | np.ndarray, ...]
+
+
+def elementwise(fn: Callable, *arrays, static: tuple = ()):
+    """Returns ``fn(*arrays, *static)`` of arrays of one shape, where fn works on each of their elements by itself.
+
+    Args:
+      fn: hashable, as are ``static``; of numbers it makes a number.
+    """
+    steps, result = _program(fn, tuple(x.dtype for x in arrays), static, jax.dtypes.canonicalize_dtype(np.float64))
+    axes = frozenset().union(*(varying(jax.typeof(x)) for x in arrays))
+    values = [_varied(x, axes) for x in arrays]
+    for function, params, inputs in steps:
+        operands = (values[i] if isinstance(i, int) else _varied(i, axes) for i in inputs)
+        values.append(function(*operands, **params))
+    return values[result]
+
+
+# A function of its own: outside, arrays of constants would be values that a scan hands from step to step.
+@jax.jit
+def _select(which, *cases):
+    return lax.select_n(which, *(x if x.ndim else lax.full_like(which, x, x.dtype) for x in cases))
+
+
+def varying(aval) -> frozenset[str]:
+    """Returns the axes of ``shard_map`` that an array varies over."""
+    axes = getattr(aval, "manual_axis_type", None)  # jax 0.9 and before: vma
+    return getattr(aval, "vma", frozenset()) if axes is None else axes.varying
+
+
+def _varied(x, axes: frozenset[str]):
+    """Returns x as an array that varies over the axes, which primitive operations want of all their operands."""
+    missing = tuple(sorted(axes - varying(jax.typeof(x))))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+@functools.lru_cache(maxsize=1024)
+def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[Step], int]:
+    """Returns the operations of fn on numbers and the position of its result; widest is there to be remembered by."""
+    numbers = [jax.ShapeDtypeStruct((), dtype) for dtype in dtypes]
+    closed = jax.make_jaxpr(lambda *numbers: fn(*numbers, *static))(*numbers)
+    steps: list[Step] = []
+
+    def run(jaxpr, values) -> list[int | np.ndarray]:
+        known = dict(zip(jaxpr.invars, values, strict=True))
+
+        def read(atom) -> int | np.ndarray:
+            return np.asarray(atom.val, atom.aval.dtype) if hasattr(atom, "val") else known[atom]
+
+        for eqn in jaxpr.eqns:
+            inputs = [read(v) for v in eqn.invars]
+            if "jaxpr" in eqn.params:
+                results = run(eqn.params["jaxpr"].jaxpr, inputs)
+            elif any(isinstance(x, int) for x in inputs):
+                selects = eqn.primitive is lax.select_n_p and isinstance(inputs[0], int)
+                function = _select if selects else eqn.primitive.bind
+                steps.append(Step(function, eqn.params, tuple(inputs)))
+                results = [len(dtypes) + len(steps) - 1]
+            else:
+                with jax.ensure_compile_time_eval():
+                    results = [np.asarray(eqn.primitive.bind(*inputs, **eqn.params))]
+            known.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    (result,) = run(closed.jaxpr, range(len(dtypes)))
+    assert isinstance(result, int), "the result is a constant"
+    return _living(steps, result, len(dtypes))
+
+
+def _living(steps: list[Step], result: int, arguments: int) -> tuple[list[Step], int]:
+    """Returns the steps that the result needs, and its position among them."""
+    needed = {result}
+    for i in reversed(range(len(steps))):
+        if arguments + i in needed:
+            needed.update(j for j in steps[i].inputs if isinstance(j, int))
+    moved = {i: i for i in range(arguments)}
+    living = []
+    for i, step in enumerate(steps, arguments):
+        if i in needed:
+            moved[i] = arguments + len(living)
+            living.append(step._replace(inputs=tuple(moved[j] if isinstance(j, int) else j for j in step.inputs)))
+    return living, moved[result]

@@ -1,0 +1,267 @@
+"""Training on meshes: the bits of one device, whatever the mesh, and no collective that a table does not state."""
+
+import collections
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import P
+from jax.sharding import AxisType, NamedSharding
+from programs import same
+
+import qjax
+from qjax import linen as qlinen, nnx as qnnx, recipes
+
+WIDTH, HIDDEN, BATCH = 256, 1024, 256
+KEYS = jax.random.split(jax.random.key(0), 4)
+PARAMS = {
+    "in": jax.random.normal(KEYS[0], (WIDTH, HIDDEN)) / 16,
+    "out": jax.random.normal(KEYS[1], (HIDDEN, WIDTH)) / 32,
+}
+DATA = tuple(jax.random.normal(key, (BATCH, WIDTH)) for key in KEYS[2:])
+# Recipes whose sums are exact in float32: products of integers of 8 bits and of E2M1, at most 1024 of them. So the
+# order of a sum, which a mesh decides, does not matter.
+EXACT = {
+    "int8, a scale a channel": recipes.uniform("int8_channel"),
+    "int8, a scale a tensor": recipes.uniform("int8_tensor"),
+    "mxfp4": recipes.uniform("mxfp4"),
+    "mxfp4, stochastic": recipes.uniform("mxfp4", gradient_rounding="stochastic"),
+}
+# mesh (data, model), and how the parameters and the batch lie on it.
+STRATEGIES = {
+    "one device": ((1, 1), {"in": P(), "out": P()}, P()),
+    "data parallel": ((8, 1), {"in": P(), "out": P()}, P("data")),
+    "fully sharded": ((8, 1), {"in": P("data"), "out": P("data")}, P("data")),
+    "tensor parallel": ((1, 8), {"in": P(None, "model"), "out": P("model")}, P()),
+    "data and tensor parallel": ((2, 4), {"in": P(None, "model"), "out": P("model")}, P("data")),
+}
+
+
+def loss(params, x, y):
+    return jnp.mean((jax.nn.relu(x @ params["in"]) @ params["out"] - y) ** 2)
+
+
+def train(recipe, steps: int = 2, loss=loss):
+    """Returns a function from parameters and a batch to the parameters after some steps."""
+
+    def run(params, x, y):
+        for step in range(steps):
+            key = jax.random.key(step) if recipe is not None and recipe.is_stochastic else None
+            quantized = loss if recipe is None else qjax.quantize(loss, recipe, key=key)
+            gradients = jax.grad(quantized)(params, x, y)
+            params = jax.tree.map(lambda p, g: p - 8 * g, params, gradients)
+        return params
+
+    return run
+
+
+def placed(strategy: str, axis_type=AxisType.Auto):
+    """Returns parameters and data on the mesh of a strategy."""
+    sizes, specs, batch = STRATEGIES[strategy]
+    devices = np.array(jax.devices()[: sizes[0] * sizes[1]]).reshape(sizes)
+    mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(axis_type,) * 2)
+    params = {name: jax.device_put(p, NamedSharding(mesh, specs[name])) for name, p in PARAMS.items()}
+    return params, tuple(jax.device_put(x, NamedSharding(mesh, batch)) for x in DATA)
+
+
+@functools.cache
+def compiled(recipe, strategy: str, steps: int = 2):
+    params, data = placed(strategy)
+    shardings = jax.tree.map(lambda p: p.sharding, params)
+    return jax.jit(train(recipe, steps), out_shardings=shardings).lower(params, *data).compile()
+
+
+@functools.cache
+def of_one_device(name: str):
+    return jax.jit(train(EXACT[name]))(PARAMS, *DATA)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", EXACT)
+def test_training_has_the_bits_of_one_device(name, strategy):
+    params, data = placed(strategy)
+    trained = compiled(EXACT[name], strategy)(params, *data)
+    for key, value in of_one_device(name).items():
+        assert trained[key].sharding.is_equivalent_to(params[key].sharding, 2)
+        assert same(trained[key], value)
+        assert not same(value, PARAMS[key])
+
+
+ARRAY = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+
+
+def moved(program) -> tuple[collections.Counter, list[str]]:
+    """Returns the arrays that collectives of a program move, those of tensors counted, and those of scales."""
+    large, small = collections.Counter(), []
+    for line in program.as_text().splitlines():
+        if found := COLLECTIVE.search(line):
+            for dtype, shape in ARRAY.findall(found[1]):
+                size = np.prod([int(n) for n in shape.split(",") if n])
+                if size > HIDDEN:
+                    large[found[2], dtype, shape] += 1
+                else:
+                    small.append(f"{found[2]} {dtype}")
+    return large, small
+
+
+# What a step moves beside what it moves in float32: nothing for blocks on one device; the largest magnitudes, as
+# integers, of scales that several devices share; and these scales where a weight is gathered.
+BESIDE = {
+    ("int8, a scale a channel", "data parallel"): {"all-reduce u32"},
+    ("int8, a scale a channel", "fully sharded"): {"all-reduce u32", "all-gather f32"},
+    ("int8, a scale a channel", "tensor parallel"): {"all-reduce u32"},
+    ("int8, a scale a channel", "data and tensor parallel"): {"all-reduce u32"},
+    ("int8, a scale a tensor", "data parallel"): {"all-reduce u32"},
+    ("int8, a scale a tensor", "fully sharded"): {"all-reduce u32"},
+    ("int8, a scale a tensor", "tensor parallel"): {"all-reduce u32"},
+    ("int8, a scale a tensor", "data and tensor parallel"): {"all-reduce u32"},
+}
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES)[1:])
+@pytest.mark.parametrize("name", EXACT)
+def test_no_collective_but_those_stated(name, strategy):
+    plain, beside = moved(compiled(None, strategy, 1))
+    large, small = moved(compiled(EXACT[name], strategy, 1))
+    assert large == plain
+    assert set(small) - set(beside) == BESIDE.get((name, strategy), set())
+
+
+@pytest.mark.parametrize("strategy", ["data parallel", "fully sharded"])
+@pytest.mark.parametrize("name", EXACT)
+def test_explicit_axes(name, strategy):
+    params, data = placed(strategy, AxisType.Explicit)
+    with jax.set_mesh(params["in"].sharding.mesh):
+        trained = jax.jit(train(EXACT[name]))(params, *data)
+    for key, value in of_one_device(name).items():
+        assert jax.typeof(trained[key]).sharding == jax.typeof(params[key]).sharding
+        assert same(trained[key], value)
+
+
+def test_explicit_axes_of_a_contraction():
+    """As in jax, the sharding of the result is to be said."""
+    params, _ = placed("tensor parallel", AxisType.Explicit)
+    recipe = EXACT["int8, a scale a channel"]
+
+    def product(x, w, **options):
+        return qjax.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=recipe, **options)
+
+    mesh = params["out"].sharding.mesh
+    hidden = jax.device_put(jnp.tile(DATA[0], (1, 4)), NamedSharding(mesh, P(None, "model")))
+    with jax.set_mesh(mesh):
+        found = jax.jit(functools.partial(product, out_sharding=P("data")))(hidden, params["out"])
+    assert jax.typeof(found).sharding.spec == P("data", None)
+    assert same(found, jax.jit(product)(jnp.tile(DATA[0], (1, 4)), PARAMS["out"]))
+    for fmt in ("mxfp4", "int8_channel", "nvfp4", "e4m3_2x16"):
+        y = qjax.chop(hidden, fmt)
+        assert jax.typeof(y).sharding == jax.typeof(hidden).sharding
+        assert same(y, qjax.chop(jnp.tile(DATA[0], (1, 4)), fmt))
+
+
+# With scales that are powers of two, for under shard_map each device multiplies its part of a sum by them.
+POWERS = {
+    "a scale a tensor": qjax.format("dfp8"),
+    "a scale a channel": qjax.Scaled(qjax.Fixed(8, symmetric=True), qjax.format("e8m0"), "axis", rule="ceil"),
+    "mxfp4": qjax.format("mxfp4"),
+}
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_shard_map(name):
+    """Each device has a part of the batch: the scales of that are named, in the last product those of channels too."""
+    fmt = POWERS[name]
+    own = qjax.Quantizer(fmt)
+    named = own if fmt.block == 32 else qjax.Quantizer(fmt, axis_name="data")
+    batch = named if fmt.block is None else own
+    recipe = qjax.Recipe(qjax.Gemm(batch, own), qjax.Gemm(batch, own), qjax.Gemm(named, named))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def mean_loss(params, x, y):
+        return jax.lax.pmean(qjax.quantize(loss, recipe)(params, x, y), "data")
+
+    specs = {"mesh": mesh, "in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+    found = jax.jit(jax.shard_map(train(None, 1, mean_loss), **specs))(PARAMS, *DATA)
+    wanted = jax.jit(train(recipes.uniform(fmt), 1))(PARAMS, *DATA)
+    for key, value in wanted.items():
+        assert same(found[key], value)
+
+
+def test_named_axis_is_that_of_the_whole():
+    """A scale over devices is that of the whole tensor or axis, in chop and in encode, also under vmap."""
+    x = DATA[0]
+    rows = functools.partial(qjax.chop, fmt="e4m3_tensor", axis_name="data")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(rows, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert same(sharded(x), qjax.chop(x, "e4m3_tensor"))
+    assert same(jax.vmap(rows, axis_name="data")(x), qjax.chop(x, "e4m3_tensor"))
+    assert not same(jax.vmap(functools.partial(qjax.chop, fmt="e4m3_tensor"))(x), qjax.chop(x, "e4m3_tensor"))
+    columns = functools.partial(qjax.encode, fmt="int8_channel", axis=0, axis_name=("data",))
+    stored = jax.vmap(columns, axis_name="data")(x.reshape(8, -1, WIDTH))
+    assert same(jax.vmap(qjax.decode)(stored).reshape(x.shape), qjax.chop(x, "int8_channel", axis=0))
+
+
+def test_delayed_scales_are_those_of_all_devices():
+    e4m3 = qjax.Quantizer("e4m3_tensor", axis_name="data")
+    gemm = qjax.Gemm(e4m3, e4m3)
+    recipe = qjax.Recipe(gemm, gemm, gemm, history=4)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def product(x, w, state):
+        return jnp.sum(qjax.dot_general(x, w, (((1,), (0,)), ((), ())), recipe=recipe, state=state))
+
+    def following(x, w, state):
+        return jax.grad(product, argnums=2)(x, w, state)
+
+    local = jax.shard_map(following, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P(), check_vma=False)
+    state = local(DATA[0], PARAMS["in"], recipe.init())
+    assert same(state["lhs"][0], jnp.max(jnp.abs(DATA[0])))
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        hidden = nn.Dense(HIDDEN, use_bias=False)(x)
+        return nn.Dense(WIDTH, use_bias=False)(jax.nn.relu(hidden))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(WIDTH, HIDDEN, use_bias=False, rngs=rngs)
+        self.second = nnx.Linear(HIDDEN, WIDTH, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(jax.nn.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("strategy", ["fully sharded", "data and tensor parallel"])
+def test_flax_models(strategy):
+    """Parameters are placed as any array is; the quantized model neither knows nor cares."""
+    name = "int8, a scale a channel"
+    wanted = jax.jit(train(EXACT[name], 1))(PARAMS, *DATA)
+    params, data = placed(strategy)
+
+    model = qlinen.quantize(Linen(), EXACT[name])
+
+    def linen_loss(params, x, y):
+        tree = {"Dense_0": {"kernel": params["in"]}, "Dense_1": {"kernel": params["out"]}}
+        return jnp.mean((model.apply({"params": tree}, x) - y) ** 2)
+
+    found = jax.jit(train(None, 1, linen_loss))(params, *data)
+    assert all(same(found[key], wanted[key]) for key in wanted)
+
+    network = qnnx.quantize(Nnx(nnx.Rngs(0)), EXACT[name])
+    graph, state = nnx.split(network)
+
+    def nnx_loss(params, x, y):
+        leaves = {"first": {"kernel": params["in"]}, "second": {"kernel": params["out"]}}
+        filled = nnx.State({k: {"kernel": state[k]["kernel"].replace(v["kernel"])} for k, v in leaves.items()})
+        return jnp.mean((nnx.merge(graph, filled)(x) - y) ** 2)
+
+    found = jax.jit(train(None, 1, nnx_loss))(params, *data)
+    assert all(same(found[key], wanted[key]) for key in wanted)
