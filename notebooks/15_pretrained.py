@@ -260,7 +260,7 @@ def mixed(choice):
     return {path: both(fmt) for path, fmt in choice.formats.items()}
 
 
-# The choice for each of some budgets, as suggest does it: never worse than one format within the budget.
+# For each of some budgets the best of the front and of the single formats within it, by the texts for calibration.
 choices = {}
 for budget in (5, 5.5, 6.25, 7, 8, 8.25):
     within = [c for c in (*fewer.front, *fewer.uniform.values()) if c.cost <= budget + 1e-9]
