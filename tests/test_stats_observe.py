@@ -146,6 +146,20 @@ def test_linen_and_nnx_give_the_paths():
     assert same(jax.tree.leaves(before), jax.tree.leaves(nnx.state(module)))
 
 
+def test_forward_alone_is_the_forward_of_all_in_the_order_of_the_program():
+    def fn(w, x):
+        for name in ("second", "first"):
+            with jax.named_scope(name):
+                x = jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    w = jnp.eye(X.shape[-1], dtype=jnp.float32)
+    both, forward = (stats.inspect(fn, "e4m3", w, X, backward=backward) for backward in (True, False))
+    assert [path for path, _ in forward] == ["second", "second", "first", "first"]
+    assert list(forward) == [key for key in both if key[1].startswith("forward")]
+    assert all(same(jax.tree.leaves(both[key]), jax.tree.leaves(forward[key])) for key in forward)
+
+
 def test_values_gradients_and_state_are_as_without():
     def both(fn, *args):
         zeros = stats.probes(fn, "e4m3", *args)

@@ -148,6 +148,19 @@ def test_units_and_nnx():
     assert found.best.cost == 64 * (32 * 16 + 16 * 4) * 16
 
 
+def test_what_only_does_not_match_stays_in_full_precision():
+    found = stats.suggest(fn, CANDIDATES, 6.25, VARIABLES, X, only="first|second", points=1)
+    assert list(found.best.formats) == ["first", "second"] and found.uniform["mxfp4"].cost == 4.25
+    assert np.array_equal(found.sensitivity, suggested().sensitivity[:2])
+    assert list(found.rule) == ["first", "second", ".*"] and found.rule[".*"] is None
+    assert len(suggested().rule) == 3
+    whole = qjax.linen.quantize(NET, found.rule)
+    # As above: differences of logarithms near 1.
+    assert found.best.divergence == pytest.approx(divergence(fn(VARIABLES, X), whole.apply(VARIABLES, X)), abs=1e-6)
+    options = dict(sensitivity="hessian", key=KEYS[4], points=1, only="second")
+    assert stats.suggest(fn, CANDIDATES, 6.25, VARIABLES, X, **options).sensitivity.shape == (1, 3)
+
+
 def test_the_picture():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
@@ -174,7 +187,15 @@ def test_the_picture():
             "suggest: key=.* is for sensitivity='hessian'",
             lambda: stats.suggest(fn, CANDIDATES, 9, VARIABLES, X, key=KEYS[0]),
         ),
-        ("suggest: there is no dot product or convolution", lambda: stats.suggest(jnp.sin, CANDIDATES, 9, X)),
+        ("suggest: there is no dot product .* quantized.$", lambda: stats.suggest(jnp.sin, CANDIDATES, 9, X)),
+        (
+            "quantized whose path matches 'frist'; the nearest are 'first', ",
+            lambda: stats.suggest(fn, CANDIDATES, 9, VARIABLES, X, only="frist"),
+        ),
+        (
+            "suggest: pattern '\\(' is not a regular expression",
+            lambda: stats.suggest(fn, CANDIDATES, 9, VARIABLES, X, only="("),
+        ),
     ],
 )
 def test_refusals(message, call):

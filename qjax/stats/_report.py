@@ -1,5 +1,6 @@
 """``Report``: the statistics of the operands of a function, as a table."""
 
+import collections
 import csv
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -101,7 +102,7 @@ def report(seen: Probes) -> Report:
     An operand that no derivative reached has the size 0.
     """
     seen = jax.device_get(seen)
-    return Report({(path, operand): unpacked(of[operand]) for path, of in seen.items() for operand in OPERANDS})
+    return Report({(path, o): unpacked(of[o]) for path, of in seen.items() for o in OPERANDS if o in of})
 
 
 def inspect(
@@ -156,7 +157,9 @@ def inspect(
         if backward:
             return jax.grad(floats)(zeros)
         out, pull = jax.vjp(floats, zeros)
-        return pull(jax.tree.map(jnp.zeros_like, out))[0]
+        seen = pull(jax.tree.map(jnp.zeros_like, out))[0]
+        # What is not returned is not computed.
+        forward = ((path, {o: s for o, s in of.items() if o.startswith("forward")}) for path, of in seen.items())
+        return collections.OrderedDict(forward)  # a dict would be sorted by its keys
 
-    found = report(run(zeros, [x for d, x in zip(dynamic, leaves, strict=True) if d]))
-    return found if backward else Report({key: s for key, s in found.items() if key[1].startswith("forward")})
+    return report(run(zeros, [x for d, x in zip(dynamic, leaves, strict=True) if d]))

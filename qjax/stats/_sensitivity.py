@@ -1,7 +1,9 @@
 """What the output of a network loses if a product is quantized: measured, or from curvature."""
 
 import dataclasses
+import difflib
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +22,22 @@ class Network:
     """A function whose products can each be in one of several recipes, chosen while it runs.
 
     Attributes:
-      paths: of the products, in the order of the program; products of one path have one choice.
+      paths: of the products that ``only`` matches, in the order of the program; products of one path have one choice.
+      left: the paths of those that stay in full precision.
       sites: the sites of each path.
     """
 
-    def __init__(self, caller: str, fn: Callable, recipes: Sequence[Recipe], args: tuple, kwargs: dict[str, Any]):
-        self.caller, self.fn, self.recipes = caller, fn, tuple(recipes)
+    def __init__(
+        self,
+        caller: str,
+        fn: Callable,
+        recipes: Sequence[Recipe],
+        args: tuple,
+        kwargs: dict[str, Any],
+        only: str = ".*",
+    ):
+        self.caller, self.fn, self.recipes, self._only = caller, fn, tuple(recipes), re.compile(only)
+        self.left: dict[str, None] = {}
         # Arrays are arguments of what is compiled, not constants in it.
         leaves, self._tree = jax.tree.flatten((args, kwargs))
         self._dynamic = [isinstance(x, jax.Array | np.ndarray) for x in leaves]
@@ -35,7 +47,9 @@ class Network:
         self._names: dict[str, Site] = {}
         jax.eval_shape(lambda arrays: self._run(arrays, None, self._found), self._arrays)
         if not self.sites:
-            raise ValueError(f"{caller}: there is no dot product or convolution that can be quantized.")
+            near = ", ".join(map(repr, difflib.get_close_matches(only, self.left, n=3, cutoff=0.0)))
+            others = "" if only == ".*" else f" whose path matches {only!r}; the nearest are {near}"
+            raise ValueError(f"{caller}: there is no dot product or convolution that can be quantized{others}.")
         self.paths = list(self.sites)
 
     def _found(self, site: Site, name: str) -> None:
@@ -51,7 +65,9 @@ class Network:
             count: dict[str, int] = {}
 
             def replace(site: Site):
-                if hidden(site):
+                if hidden(site) or not self._only.fullmatch(site.path):
+                    if site.recipe is None:
+                        self.left[site.path] = None
                     return None
                 count[site.path] = count.get(site.path, 0) + 1
                 return replacement(site, f"{site.path}#{count[site.path]}")

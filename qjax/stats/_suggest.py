@@ -11,6 +11,7 @@ import numpy as np
 from qjax._coverage import format_text
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm, Recipe
+from qjax._rules import check_pattern
 from qjax.formats import Format
 from qjax.stats._report import inspect
 from qjax.stats._sensitivity import Network, costs
@@ -39,7 +40,7 @@ class Suggestion:
 
     Attributes:
       best: the choice.
-      rule: the rule that ``quantize`` takes, of each path.
+      rule: the rule that ``quantize`` takes, of each path, the rest in full precision.
       uniform: the same format everywhere, by its name, whatever it costs.
       front: the choices of least predicted divergence for budgets from the least to the greatest, ascending in cost.
       sensitivity: the divergence that each path and format is taken to add: paths, then candidates.
@@ -47,7 +48,7 @@ class Suggestion:
     """
 
     best: Choice
-    rule: dict[str, Recipe]
+    rule: dict[str, Recipe | None]
     uniform: dict[str, Choice]
     front: list[Choice]
     sensitivity: np.ndarray
@@ -74,6 +75,7 @@ def suggest(
     candidates: Sequence[Format | str],
     budget: float,
     *args,
+    only: str = ".*",
     unit: Literal["bits", "bytes", "bit_operations"] = "bits",
     sensitivity: Literal["kl", "hessian"] = "kl",
     pairwise: bool = False,
@@ -93,6 +95,8 @@ def suggest(
       candidates: formats or their names.
       budget: the greatest cost.
       args, kwargs: those of fn: parameters and a batch of data to measure with.
+      only: a regular expression that the whole path of a product must match. The others stay in full precision and cost
+        nothing: those of attention, for example, neither of whose operands is a weight.
       unit: of cost. "bits": the average bits of an element of the rhs of the products, that is of the weights; "bytes":
         of all of them; "bit_operations": multiply-adds times the bits of both operands.
       sensitivity: "kl": the KL divergence of the output with that product alone in that format. "hessian": from the
@@ -104,7 +108,7 @@ def suggest(
 
     Raises:
       ValueError: if the cheapest candidates exceed the budget, for an unknown unit or sensitivity, if nothing can be
-        quantized, for a missing key and for one that nothing uses.
+        quantized, for a missing key and for one that nothing uses, if ``only`` is no regular expression.
 
     >>> import jax, jax.numpy as jnp
     >>> from qjax import stats
@@ -136,7 +140,8 @@ def suggest(
     quantizers = [Quantizer(c) for c in candidates]
     recipes = [Recipe(Gemm(q, q)) for q in quantizers]
     names = [c if isinstance(c, str) else format_text(c) for c in candidates]
-    network = Network("suggest", fn, recipes, args, kwargs)
+    check_pattern("suggest", only)
+    network = Network("suggest", fn, recipes, args, kwargs, only)
     cost = costs(network.sites, [(q.fmt.bits, q.fmt.bits) for q in quantizers], unit)
     if cost.min(1).sum() > budget * (1 + 1e-12):
         raise ValueError(
@@ -167,7 +172,9 @@ def suggest(
     uniform = {name: choice([f] * len(network.paths)) for f, name in enumerate(names)}
     within = [c for c in uniform.values() if c.cost <= budget * (1 + 1e-12)]
     best = min([choice(solve(alone, cost, budget, pairs)), *within], key=lambda c: c.divergence)
-    rule = {re.escape(path): recipes[names.index(name)] for path, name in best.formats.items()}
+    rule: dict[str, Recipe | None] = {re.escape(path): recipes[names.index(f)] for path, f in best.formats.items()}
+    if network.left:
+        rule[".*"] = None
     return Suggestion(best, rule, uniform, front, alone, unit)
 
 
@@ -179,6 +186,8 @@ def _from_curvature(network: Network, fn, recipes, args, kwargs, key, draws: int
         report = inspect(fn, recipe, *args, backward=False, strict=False, **kwargs)
         for (name, operand), s in report.items():
             path, side = name.partition("#")[0], operand.split(".")[1]
+            if path not in curvature:
+                continue
             noise, exponent = s._sum(s.noise, 2)
             found[network.paths.index(path), f] += 0.5 * max(curvature[path][side], 0.0) * noise * 2.0**exponent
     return found
