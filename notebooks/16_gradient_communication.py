@@ -1,13 +1,14 @@
 # %% [markdown]
 # # What low-precision gradient communication costs
 #
-# **Question.** Data-parallel training sends every gradient over the wire at every step. What does it cost in loss to send
-# it in few bits, where is it rounded best, and does it help to keep what rounding leaves out for the next step?
+# **Question.** Data-parallel training sends every gradient over the wire at every step. What does it cost in loss to
+# send it in few bits, how is it rounded best, and does it help to keep what rounding leaves out for the next step?
 #
 # **Method.** A small causal transformer learns the characters of Python's own standard library on 8 simulated devices,
-# each with its own part of the batch. All is float32 but the all-reduce of the gradients, `qjax.collectives.psum`, which
-# sends codes and scales: a reduce-scatter of the terms and an all-gather of their sum. Every format runs the same seeds,
-# that is the same initial weights and batches, and its held-out loss is compared with that of float32 seed by seed.
+# each with its own part of the batch. All is float32 but the all-reduce of the gradients, `qjax.collectives.psum`,
+# which sends codes and scales: a reduce-scatter of the terms and an all-gather of their sum. Every format runs the same
+# seeds, that is the same initial weights and batches, and its held-out loss is compared with that of float32 seed by
+# seed.
 #
 # **Sources.** Seide et al. (2014), *1-bit stochastic gradient descent*, <https://doi.org/10.21437/Interspeech.2014-274>:
 # the error of what was sent is added to what is sent next, and one bit is enough. Tang et al. (2021), *1-bit Adam*,
@@ -15,7 +16,6 @@
 # *QSGD*, <https://arxiv.org/abs/1610.02132>: rounding stochastically instead, so that the sum is right in the mean.
 
 # %%
-import functools
 import math
 import os
 import platform
@@ -23,10 +23,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-
-DEVICES = 8
-jax.config.update("jax_num_cpu_devices", DEVICES)
-
 import matplotlib
 import numpy as np
 import optax
@@ -41,6 +37,8 @@ if "get_ipython" not in globals():
     matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+DEVICES = 8
+jax.config.update("jax_num_cpu_devices", DEVICES)
 FAST = os.environ.get("QJAX_FAST") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path()
 FIGURES = Path(tempfile.mkdtemp()) if FAST else HERE / "figures"
@@ -52,9 +50,9 @@ RATE = 4e-3
 # %% [markdown]
 # ## Text, model and devices
 #
-# Those of study 07: every module directly in the standard library's folder, each tenth file held out whole; two pre-norm
-# blocks of width 64 (`char_lm.py` beside this notebook), AdamW with a warmup and a cosine decay. At each step every
-# device has one window of 64 characters.
+# Those of study 07: every module directly in the standard library's folder, each tenth file held out whole; two
+# pre-norm blocks of width 64 (`char_lm.py` beside this notebook), AdamW with a warmup and a cosine decay. At each step
+# every device has one window of 64 characters.
 
 # %%
 training_text, held_out_text = corpus()
@@ -126,7 +124,8 @@ def mean_gradient(gradient, key, feedback, run):
 # %%
 def train(run):
     """Returns the compiled training of all seeds: parameters and the loss of each step."""
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule(RATE, STEPS), b2=0.95, weight_decay=0.1))
+    adam = optax.adamw(schedule(RATE, STEPS), b2=0.95, weight_decay=0.1)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adam)
 
     def one(params, batches, key):
         def step(carry, of_step):
@@ -216,7 +215,7 @@ for row, name in enumerate(rows):
     right.plot(gaps[name], np.full(SEEDS, -row - 0.3), "|", ms=5, color=color, alpha=0.6)
 right.axvline(0, color=GREY, lw=1, zorder=0)
 right.set_yticks(-np.arange(len(rows)), [f"{name}  ({share[name]:.2f})" for name in rows])
-right.set(xlabel="held-out loss minus that of float32", title="(b) The price, and the bytes sent as a share of float32's")
+right.set(xlabel="held-out loss minus that of float32", title="(b) Its price, and the share of float32's bytes")
 ticks = (-0.003, 0, 0.003, 0.01, 0.03, 0.1, 0.3)
 for axis, scale in ((left.yaxis, left.set_yscale), (right.xaxis, right.set_xscale)):
     scale("symlog", linthresh=0.003, linscale=0.7)
