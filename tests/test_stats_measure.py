@@ -9,6 +9,7 @@ import pytest
 
 import qjax
 from qjax import stats
+from qjax.stats import _measure
 from qjax.stats._stats import COUNTS, PER_OCTAVE
 
 RNG = np.random.default_rng(0)
@@ -125,7 +126,7 @@ def check(x, fmt, **options):
     )
     assert np.all((late <= found) & (found <= early)) and found[-1] == len(relative)
     # The bound that measure states; beyond float64's own range for the sums there is nothing to compare with.
-    bound = (31 * math.ceil(math.log(max(x.size, 2), 32)) + 3) * u
+    bound = (31 * (math.ceil(math.log(max(x.size, 2), 32)) + 1) + 3) * u
     sums = (measured.squares, 2, square), (measured.fourths, 4, fourth), (measured.noise, 2, noise)
     for slots, power, expected in sums:
         value, up = measured._sum(slots, power)
@@ -152,6 +153,30 @@ def test_statistics_of_saturation(fmt):
 def test_statistics_of_any_shape(name):
     for fmt in ("e4m3", "mxfp4", "e4m3_tensor"):
         check(SHAPES[name], fmt)
+
+
+@pytest.mark.parametrize("name", ["special", "all binades", "outlier in noise"])
+@pytest.mark.parametrize("fmt", ["e4m3", "q1.15", "nf4", "mxfp4", "int8_g16"])
+def test_pieces_and_what_is_left_are_the_whole(fmt, name, monkeypatch):
+    monkeypatch.setattr(_measure, "PIECE", 128)
+    x = np.resize(ARRAYS[name], (41, 32))  # ten pieces, and 32 elements
+    assert _measure._divides(_measure.Mode(qjax.format(fmt), None, 1, False, None), x.shape)
+    check(x, fmt)
+    key = jax.random.key(1)
+    pieces = stats.measure(x, fmt, "stochastic", key=key)
+    whole = jax.jit(lambda x: stats.measure(x, fmt, "stochastic", key=key))(x)
+    for field in ("counts", "magnitudes", "errors"):
+        np.testing.assert_array_equal(getattr(pieces, field), getattr(whole, field))
+
+
+def test_blocks_that_no_piece_holds_are_measured_whole():
+    divides = lambda fmt, axis, *shape: _measure._divides(  # noqa: E731
+        _measure.Mode(qjax.format(fmt), None, axis, False, None), shape
+    )
+    assert divides("mxfp4", -1, 3, 64) and divides("mxfp4", 1, 3, 64) and divides("e4m3", 0, 3, 5)
+    for fmt, axis in (("mxfp4", 0), ("int8_tensor", -1), ("int8_channel", -1), ("e4m3_1x128", -1), ("int8_g48", -1)):
+        assert not divides(fmt, axis, 96, 96)
+    assert not divides("mxfp4", -1, 3, 65)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
