@@ -238,37 +238,46 @@ def _dtype(dtype: Any) -> Format:
     return Float(info.nexp, info.nmant)
 
 
-def _empty(site: Site, recipe: Recipe, operand: str) -> Stats:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["row"], meta_fields=["fmt"])
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Statistics as a gradient can hold them: a row of exact floats, integers as their lower 16 bits and the others."""
+
+    row: Any
+    fmt: Format
+
+
+_INTEGERS = ("counts", "magnitudes", "errors")
+_SUMS = ("squares", "fourths", "noise")
+
+
+def _empty(site: Site, recipe: Recipe, operand: str) -> Packed:
     """Returns the packed statistics of nothing."""
     array = (site.lhs, site.rhs, site.out)[_TENSORS[operand]]
     quantizer = _quantizer(recipe, operand)
     c = _carrier.carrier(array.dtype)
-    kinds = {name: jnp.zeros((2, n) if name in _INTEGERS else n, c.float) for name, n in sizes(c).items()}
-    return Stats(**kinds, fmt=_dtype(array.dtype) if quantizer is None else quantizer.fmt)
+    length = sum(n * (1 + (name in _INTEGERS)) for name, n in sizes(c).items())
+    return Packed(jnp.zeros(length, c.float), _dtype(array.dtype) if quantizer is None else quantizer.fmt)
 
 
-_INTEGERS = ("counts", "magnitudes", "errors")
+def packed(stats: Stats) -> Packed:
+    integers = jnp.concatenate([getattr(stats, name) for name in _INTEGERS])
+    low, high = (x.astype(stats.squares.dtype) for x in (integers & 0xFFFF, integers >> 16))
+    return Packed(jnp.concatenate([low, high, *(getattr(stats, name) for name in _SUMS)]), stats.fmt)
 
 
-def packed(stats: Stats) -> Stats:
-    """Returns statistics as a gradient can hold them: integers as their lower 16 bits and the others, exact floats."""
-    dtype = stats.squares.dtype
-    split = {name: getattr(stats, name) for name in _INTEGERS}
-    split = {name: jnp.stack([x & 0xFFFF, x >> 16]).astype(dtype) for name, x in split.items()}
-    return dataclasses.replace(stats, **split)
-
-
-def unpacked(stats: Stats) -> Stats:
+def unpacked(stats: Packed) -> Stats:
     """Returns the statistics of packed ones, on the host; those of the steps of scans together."""
-
-    def whole(name: str):
-        x = np.asarray(getattr(stats, name), np.float64)
-        if name in _INTEGERS:
-            low, high = np.moveaxis(x.astype(np.int64), -2, 0)
-            x = low + (high << 16)
-        return x.reshape(-1, x.shape[-1]).sum(0)
-
-    return Stats(**{f.name: whole(f.name) for f in dataclasses.fields(Stats) if f.name != "fmt"}, fmt=stats.fmt)
+    rows = np.asarray(stats.row, np.float64).reshape(-1, np.shape(stats.row)[-1]).sum(0)
+    lengths = sizes(_carrier.carrier(stats.row.dtype))
+    count = sum(lengths[name] for name in _INTEGERS)
+    low, high, sums = np.split(rows, [count, 2 * count])
+    integers = low.astype(np.int64) + (high.astype(np.int64) << 16)
+    fields = {}
+    for names, values in ((_INTEGERS, integers), (_SUMS, sums)):
+        ends = np.cumsum([lengths[name] for name in names])[:-1]
+        fields |= dict(zip(names, np.split(values, ends), strict=True))
+    return Stats(**fields, fmt=stats.fmt)
 
 
 @dataclasses.dataclass(frozen=True)
