@@ -206,6 +206,20 @@ def test_named_axis_is_that_of_the_whole():
     assert same(jax.vmap(qjax.decode)(stored).reshape(x.shape), qjax.chop(x, "int8_channel", axis=0))
 
 
+@pytest.mark.parametrize("fmt", ["e2m1", "mxfp4"])
+def test_words_from_outside_do_not_depend_on_the_mesh(fmt):
+    words = jax.random.bits(KEYS[0], DATA[0].shape, jnp.uint32)
+    wanted = qjax.chop(DATA[0], fmt, "stochastic", random_bits=words)
+
+    def local(x, words):
+        return qjax.chop(x, fmt, "stochastic", random_bits=words)
+
+    for sizes in ((8, 1), (2, 4), (1, 8)):
+        mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        both = P("data", "model")
+        assert same(jax.shard_map(local, mesh=mesh, in_specs=(both, both), out_specs=both)(DATA[0], words), wanted)
+
+
 def test_delayed_scales_are_those_of_all_devices():
     e4m3 = qjax.Quantizer("e4m3_tensor", axis_name="data")
     gemm = qjax.Gemm(e4m3, e4m3)
