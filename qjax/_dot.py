@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from qjax._encode import QTensor, decode, is_qtensor
 from qjax._jaxpr import is_literal
-from qjax._mesh import in_auto_axes
+from qjax._mesh import has_explicit_axes, in_auto_axes
 from qjax._operand import Operand, restored, stored
 from qjax._product import axes_of, product, rotated, swapped
 from qjax._quantizer import Quantizer
@@ -139,10 +139,12 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
                 "yourself, x.astype(numpy.float32), or set jax_enable_x64."
             )
     static = Static(operation, settings(options), recipe, (lhs.dtype, rhs.dtype))
+    traced = any(isinstance(x, Tracer) for x in (lhs, rhs))
+    if not traced and not any(map(has_explicit_axes, (lhs, rhs))):
+        return _product(static, lhs, rhs, key, state, codes)
     program = jax.make_jaxpr(static.product)(lhs, rhs)
     # On a mesh with explicit axes the sharding is asked of the result as a whole, not of the product within.
     static = static._replace(options=settings(options | ({"out_sharding": None} if "out_sharding" in options else {})))
-    traced = any(isinstance(x, Tracer) for x in (lhs, rhs))
     with marked(program.jaxpr.eqns[-1], recipe) if traced else contextlib.nullcontext():
         run = functools.partial(_product, static)
         return in_auto_axes(run, program.out_avals[0].sharding, lhs, rhs, key, state, codes)

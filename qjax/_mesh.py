@@ -6,6 +6,11 @@ from typing import Any
 import jax
 
 
+def has_explicit_axes(x) -> bool:
+    """Returns whether an array lies on a mesh with explicit axes."""
+    return jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
 def in_auto_axes(fn: Callable, sharding: Any, *args) -> Any:
     """Returns ``fn(*args)`` with the given sharding; within, the compiler shards, as on a mesh with Auto axes.
 
