@@ -237,11 +237,13 @@ def _check_axis(caller: str, fmt: Scaled, shape: tuple[int, ...], axis: int) -> 
 @functools.partial(jax.jit, static_argnames=("mode", "bits"))
 def _chop(x, scale, key, words, *, mode: Mode, bits: int):
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        part = mode._replace(dtype=x.real.dtype)
-        # The two parts are two rows of one array, so that a key gives them different draws.
-        both = jnp.stack([x.real, x.imag])
-        both = _value(both, scale, random(both, key, None if words is None else jnp.stack([words, words]), bits), part)
-        return jax.lax.complex(both[0], both[1])
+        part, parts, rows = mode._replace(dtype=x.real.dtype), (x.real, x.imag), (words, words)
+        if key is not None:
+            # The parts draw as two rows of one array, so that a key gives them different draws.
+            both = random(jnp.stack(parts), key, None, bits)
+            assert both is not None
+            rows = both.words >> (both.words.itemsize * 8 - bits)
+        return jax.lax.complex(*(_chop(p, scale, None, rows[i], mode=part, bits=bits) for i, p in enumerate(parts)))
 
     def value(x, scale, key, words):
         return _value(x, scale, random(x, key, words, bits), mode)

@@ -138,6 +138,14 @@ def test_in_shard_map(rounding):
     assert same(whole(rows), jnp.concatenate([qjax.chop(rows, "e4m3", rounding, key=key) for key in keys]))
 
 
+@pytest.mark.parametrize("axis", [0, 1, -1, -2])
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "int8_channel", "int8_tensor"])
+def test_blocks_of_complex_arrays_are_those_of_their_parts(fmt, axis):
+    real, imag = X[0], 3 * X[1]
+    z = qjax.chop(jax.lax.complex(real, imag), fmt, axis=axis)
+    assert same(z.real, qjax.chop(real, fmt, axis=axis)) and same(z.imag, qjax.chop(imag, fmt, axis=axis))
+
+
 def test_keys():
     """Law 6: one key, one draw, for all rows of a vmap too; a key split per row or step draws afresh."""
     x = jnp.full((8, 512), 0.3, jnp.float32)
