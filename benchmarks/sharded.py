@@ -85,7 +85,7 @@ def train(options, devices):
 
 
 def launch(options):
-    """Starts the processes, and stops all of them if one fails."""
+    """Starts the processes and waits for them; if one dies, the others end with an error of jax.distributed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"

@@ -51,8 +51,8 @@ def varying(aval) -> frozenset[str]:
 
 def _varied(x, axes: frozenset[str]):
     """Returns x as an array that varies over the axes, which primitive operations want of all their operands."""
-    missing = tuple(sorted(axes - varying(jax.typeof(x))))
-    return lax.pcast(x, missing, to="varying") if missing else x
+    missing = axes and axes - varying(jax.typeof(x))
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import re
 
 import flax.linen as nn
 import jax
@@ -16,6 +15,7 @@ from programs import same
 
 import qjax
 from qjax import linen as qlinen, nnx as qnnx, recipes
+from qjax.collectives import _ARRAY, _COLLECTIVE
 
 WIDTH, HIDDEN, BATCH = 256, 1024, 256
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -92,21 +92,17 @@ def test_training_has_the_bits_of_one_device(name, strategy):
         assert not same(value, PARAMS[key])
 
 
-ARRAY = re.compile(r"([a-z]+\d+)\[([\d,]*)\]")
-COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
-
-
 def moved(program) -> tuple[collections.Counter, list[str]]:
     """Returns the arrays that collectives of a program move, those of tensors counted, and those of scales."""
     large, small = collections.Counter(), []
     for line in program.as_text().splitlines():
-        if found := COLLECTIVE.search(line):
-            for dtype, shape in ARRAY.findall(found[1]):
+        if found := _COLLECTIVE.search(line):
+            for dtype, shape in _ARRAY.findall(found["shapes"]):
                 size = np.prod([int(n) for n in shape.split(",") if n])
                 if size > HIDDEN:
-                    large[found[2], dtype, shape] += 1
+                    large[found["name"], dtype, shape] += 1
                 else:
-                    small.append(f"{found[2]} {dtype}")
+                    small.append(f"{found['name']} {dtype}")
     return large, small
 
 
@@ -162,6 +158,7 @@ def test_explicit_axes_of_a_contraction():
         y = qjax.chop(hidden, fmt)
         assert jax.typeof(y).sharding == jax.typeof(hidden).sharding
         assert same(y, qjax.chop(jnp.tile(DATA[0], (1, 4)), fmt))
+        assert same(qjax.chop(jax.lax.complex(hidden, hidden), fmt), jax.lax.complex(y, y))
 
 
 # With scales that are powers of two, for under shard_map each device multiplies its part of a sum by them.

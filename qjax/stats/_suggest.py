@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from qjax._coverage import format_text
+from qjax._patterns import check_pattern
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm, Recipe
-from qjax._rules import check_pattern
 from qjax.formats import Format
 from qjax.stats._report import inspect
 from qjax.stats._sensitivity import Network, costs
