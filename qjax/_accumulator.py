@@ -1,4 +1,4 @@
-"""``Accumulator``: how the products of a dot are summed, in any format; its reference is its implementation."""
+"""``Accumulator``: how the products of a dot are summed, in any format, and the arithmetic of its register."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,9 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from qjax import _carrier, _modes, _random, _rounding, _to_odd
+from qjax import _modes, _rounding, _to_odd
 from qjax._chop import RoundingLike, _rounding_named
 from qjax._modes import Rounding
 from qjax.formats import Fixed, Float, Format, format
@@ -119,60 +118,6 @@ class Accumulator:
 _F32 = Float(8, 23)
 
 
-def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, fractions: tuple[int, int] | None = None):
-    """Returns the products of rows, ``(b, m, k) x (b, n, k) -> (b, m, n)``, summed by an accumulator, as float32.
-
-    Args:
-      lhs, rhs: float32 arrays of elements.
-      key: for a stochastic accumulator.
-      scales: scales of what is promoted, ``(b, m, segments)`` and ``(b, n, segments)``, or None.
-      fractions: the fraction bits of the elements, if both are ``Fixed``.
-    """
-    depth, chunk = lhs.shape[-1], accumulator.chunk
-    segment = accumulator.promote or max(-(-depth // chunk) * chunk, chunk)
-    if isinstance(accumulator.fmt, Fixed) and not accumulator.watches:
-        chunk = segment  # sums modulo 2^32 do not depend on their order
-    segments = max(-(-depth // segment), 1)
-    padding = [(0, 0), (0, 0), (0, segments * segment - depth)]
-
-    def chunks(x):
-        """Returns x as (segments, chunks of a segment, b, rows, chunk), zeros where it is padded."""
-        x = jnp.pad(x, padding).reshape(*x.shape[:2], segments, segment // chunk, chunk)
-        return jnp.moveaxis(x, (2, 3), (0, 1))
-
-    if isinstance(accumulator.fmt, Fixed):
-        assert fractions is not None
-        lhs, rhs = (jnp.round(x * 2.0**f).astype(jnp.int32) for x, f in zip((lhs, rhs), fractions, strict=True))
-    register = register_of(accumulator)
-    shape = (*lhs.shape[:2], rhs.shape[1])
-    bits = random_bits(accumulator)
-
-    def add_chunk(state, operands):
-        x, y, place = operands
-        part = lax.dot_general(x, y, _ROWS, precision=lax.Precision.HIGHEST, preferred_element_type=register.sums)
-        part = _carrier.apart(part) if register.sums == np.float32 else part
-        words = None if key is None else _random.random_words(jax.random.fold_in(key, place), shape, bits, 32)
-        return register.add(state, part, words), None
-
-    def add_segment(total, operands):
-        x, y, places, scale = operands
-        state, _ = lax.scan(add_chunk, register.start(shape), (x, y, places))
-        value = register.read(state)
-        if scale is not None:
-            value = _carrier.apart(value * scale[0][:, :, None] * scale[1][:, None, :])
-        return total + value, None
-
-    places = jnp.arange(segments * segment // chunk).reshape(segments, -1)
-    scales = scales and tuple(jnp.moveaxis(s, -1, 0) for s in scales)
-    operands = (chunks(lhs), chunks(rhs), places, scales)
-    if segments == 1:
-        return add_segment(jnp.float32(0), jax.tree.map(lambda x: x[0], operands))[0]
-    return lax.scan(add_segment, jnp.zeros(shape, jnp.float32), operands)[0]
-
-
-_ROWS = (((2,), (2,)), ((0,), (0,)))
-
-
 class Register(NamedTuple):
     """The arithmetic of an accumulator, on arrays of any shape: the same in a scan and in the body of a kernel.
 
@@ -205,11 +150,14 @@ def _float_register(accumulator: Accumulator, fmt: Float) -> Register:
     def start(shape):
         return (jnp.zeros(shape, jnp.float32),)
 
+    # To the nearest, what is beyond float32 overflows as infinity does.
+    bounded = not accumulator.rounding.value.startswith("nearest")
+
     def add(state, part, words):
         if fmt == _F32:
             return (state[0] + part,)
         random = None if words is None else _modes.Random(words, random_bits(accumulator))
-        total = _to_odd.add(state[0], part)
+        total = _to_odd.add(state[0], part, bounded=bounded)
         return (_rounding.round_to(total, fmt, accumulator.rounding, random=random, saturate=accumulator.saturate),)
 
     return Register(np.float32, start, add, lambda state: state[0])

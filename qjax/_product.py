@@ -9,12 +9,13 @@ import numpy as np
 from jax import lax
 
 from qjax import _carrier, _operand, _stored
-from qjax._accumulator import Accumulator, accumulate
+from qjax._accumulator import Accumulator
 from qjax._operand import Operand
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm
 from qjax._stored import Axes
 from qjax.formats import Fixed, Float
+from qjax.kernels._accumulate import accumulate
 
 
 def axes_of(equation) -> tuple[Axes, Axes]:
@@ -238,9 +239,25 @@ def _fractions(operands: list[Operand]) -> tuple[int, int] | None:
     return None
 
 
+def _carried(operands: list[Operand], accumulator: Accumulator) -> list:
+    """Returns the elements of operands in the narrowest dtype that the kernels of an accumulator take."""
+    if isinstance(accumulator.fmt, Fixed):
+        formats = [o.fmt for o in operands if isinstance(o.fmt, Fixed)]
+        fits = (t for t in (np.int8, np.int16) if all(_within(fmt, np.iinfo(t)) for fmt in formats))
+        dtype = next(fits, np.int32)
+        scaled = [o.elements.astype(np.float32) * np.float32(2.0**f.fraction_bits) for o, f in zip(operands, formats, strict=True)]
+        return [jnp.round(x).astype(dtype) for x in scaled]
+    narrow = {_operand.narrow_dtype(o.fmt, np.dtype(np.float32)) for o in operands if o.elements.dtype != jnp.bfloat16}
+    dtype = jnp.bfloat16 if narrow <= {np.dtype(np.int8), np.dtype(jnp.bfloat16)} else np.float32
+    return [o.elements.astype(dtype) for o in operands]
+
+
+def _within(fmt: Fixed, info: np.iinfo) -> bool:
+    return info.min <= fmt.min_integer and fmt.max_integer <= info.max
+
+
 def _accumulated_dot(equation, accumulator: Accumulator, operands: list[Operand], axes, key):
-    lhs, rhs = (o.elements.astype(np.float32) for o in operands)
-    x, y, output = dot_rows(equation, lhs, rhs)
+    x, y, output = dot_rows(equation, *_carried(operands, accumulator))
     scales = [
         None if o.segments is None else o.segments.reshape(*rows.shape[:2], -1)
         for o, rows in zip(operands, (x, y), strict=True)
@@ -252,7 +269,7 @@ def _accumulated_dot(equation, accumulator: Accumulator, operands: list[Operand]
             for rows, s in zip((x, y), scales, strict=True)
         ]
     given = None if scales[0] is None else tuple(scales)
-    return output(accumulate(x, y, accumulator, key=key, scales=given, fractions=_fractions(operands)))
+    return output(accumulate(x, y, accumulator, key=key, scales=given))
 
 
 def dot_rows(equation, lhs, rhs):
@@ -268,8 +285,8 @@ def dot_rows(equation, lhs, rhs):
 
 
 def _accumulated_conv(equation, accumulator: Accumulator, operands: list[Operand], axes, key):
-    rows, kernels, output = conv_rows(equation, *(o.elements.astype(np.float32) for o in operands))
-    return output(accumulate(rows, kernels, accumulator, key=key, fractions=_fractions(operands)))
+    rows, kernels, output = conv_rows(equation, *_carried(operands, accumulator))
+    return output(accumulate(rows, kernels, accumulator, key=key))
 
 
 def conv_rows(equation, lhs, rhs):

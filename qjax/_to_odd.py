@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from qjax import _carrier
 
 
-def add(a, b):
-    """Returns a + b rounded to odd."""
+def add(a, b, *, bounded: bool = True):
+    """Returns a + b rounded to odd; if not ``bounded``, infinity where it is beyond the largest float."""
     total = a + b
     part = total - a
     error = (a - (total - part)) + (b - part)
-    return _odd(_bounded(total, jnp.isfinite(a) & jnp.isfinite(b)), error)
+    return _odd(_bounded(total, jnp.isfinite(a) & jnp.isfinite(b)) if bounded else total, error)
 
 
 def subtract(a, b):
@@ -69,10 +69,11 @@ def from_integer(n, dtype):
 def _odd(value, error):
     """Returns ``value + error``, error being less than half a unit of it, rounded to odd."""
     c = _carrier.carrier(value.dtype)
-    bits = _carrier.to_bits(value, c).astype(c.int)
-    inexact = (error > 0) | (error < 0)
-    away = jnp.where((error > 0) == (bits >= 0), 1, -1)
-    return _carrier.from_bits(jnp.where(inexact & (bits & 1 == 0), bits + away, bits).astype(c.uint), c)
+    bits, error_bits = (_carrier.to_bits(x, c).astype(c.int) for x in (value, error))
+    # One step back where the value lies beyond the exact one; then the last bit is one.
+    beyond = (bits ^ error_bits) >> (c.width - 1)
+    odd = jnp.where(jnp.abs(error) > 0, (bits + beyond) | 1, bits)
+    return _carrier.from_bits(odd.astype(c.uint), c)
 
 
 def _bounded(value, finite):
