@@ -6,16 +6,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact, UInt
 
 from qjax import _carrier, _modes, _random
-from qjax._blocks import blocks_of, levels
+from qjax._blocks import blocks_of
 from qjax._mesh import in_auto_axes
 from qjax._modes import Random, Rounding
 from qjax._scaled import Mode, quantize
-from qjax.formats import Fixed, Format, Rms, Scaled, format
+from qjax._split import Split, check_blocks, split_of
+from qjax.formats import Fixed, Format, Scaled, format
 
-AxisName = str | tuple[str, ...] | None
 RoundingLike = (
     Rounding
     | Literal[
@@ -45,7 +46,7 @@ def chop(
     key: Array | None = None,
     random_bits: int | UInt[Array, "*shape"] | None = None,
     saturate: bool = False,
-    axis_name: AxisName = None,
+    spec: PartitionSpec | None = None,
 ) -> Inexact[Array, "*shape"]:
     """Returns x rounded to the values of a format, with the shape and dtype of x.
 
@@ -67,8 +68,9 @@ def chop(
         themselves, an unsigned array of the shape of x, of which every bit counts; then there is no key.
       saturate: whether overflow, infinities included, gives the largest value. Elements of ``Scaled`` formats and
         ``Fixed`` formats saturate in any case, as do formats without infinity and NaN.
-      axis_name: under ``jax.shard_map``, or a vmap with a name, the mesh axes whose devices hold parts of x: scales
-        that a tensor or an axis shares are then those of the whole, from the maximum over the devices.
+      spec: under ``jax.shard_map``, or a vmap with a name, how x is split over mesh axes, as ``in_specs`` says it.
+        The result is then that part of the result for the whole: scales that a tensor or an axis shares come from
+        the maximum over the devices, and the random bits of an element from its place in the whole.
 
     Special values: a NaN stays one where the format has it (as the canonical positive quiet NaN); else it becomes the
     largest value, or 0 in ``Fixed``. Overflow of finite numbers gives infinity, or NaN in a format that has no
@@ -87,8 +89,8 @@ def chop(
 
     Raises:
       TypeError: if x is no float array, or a float64 NumPy array while jax_enable_x64 is off.
-      ValueError: for an unknown name, an axis that does not exist, a scale for an unscaled format, a missing key, or a
-        key that nothing would use.
+      ValueError: for an unknown name, an axis that does not exist, a scale for an unscaled format, a missing key, a
+        key that nothing would use, or blocks across devices.
 
     >>> import jax, jax.numpy as jnp, qjax
     >>> x = jnp.array([0.3, 300.0, 1e6, -1e-9], jnp.float32)
@@ -102,12 +104,12 @@ def chop(
     Sources: IEEE 754-2019, sections 4.3 and 7.4; OCP Microscaling Formats 1.0 (2023), section 6.3; Esser et al. (2020),
     Learned step size quantization, https://arxiv.org/abs/1902.08153, equation 3.
     """
-    options = (axis, scale, key, random_bits, saturate, axis_name)
+    options = (axis, scale, key, random_bits, saturate, spec)
     x, mode, scale, key, words, bits = _checked("chop", x, fmt, rounding, *options)
     return _chop(x, scale, key, words, mode=mode, bits=bits)
 
 
-def _checked(caller: str, x, fmt, rounding, axis: int, scale, key, random_bits, saturate: bool, axis_name=None):
+def _checked(caller: str, x, fmt, rounding, axis: int, scale, key, random_bits, saturate: bool, spec=None):
     """Returns the operands of a call as arrays and its static part, or raises what is wrong with them."""
     fmt = format(fmt)
     rounding = _rounding_named(caller, rounding)
@@ -129,9 +131,8 @@ def _checked(caller: str, x, fmt, rounding, axis: int, scale, key, random_bits, 
                 f"{caller}: scale of shape {scale.shape} does not broadcast to {counts}, one for each block of {fmt!r}."
             )
         scale = _carrier.widen(scale).astype(np.float64 if width == 64 else np.float32)
-    names = axis_names(caller, fmt, axis_name)
-    if names and scale is not None:
-        raise ValueError(f"{caller}: axis_name was given with a scale, which needs no maximum; leave one out.")
+    split = split_of(caller, spec, x.ndim)
+    check_blocks(caller, fmt, x.shape, axis, split)
     if isinstance(fmt, Fixed) and fmt.overflow == "wrap" and fmt.bits > width:
         raise ValueError(
             f"{caller}: {fmt!r} wraps {fmt.bits} bits, more than the {width} that {x.dtype} is worked on with; "
@@ -168,24 +169,7 @@ def _checked(caller: str, x, fmt, rounding, axis: int, scale, key, random_bits, 
                 f"{caller}: rounding {rounding.value!r} needs key=jax.random.key(...), or the random words themselves "
                 f"as random_bits, got {'neither' if key is None else 'both'}."
             )
-    return x, Mode(fmt, rounding, axis, saturate, x.dtype, names), scale, key, words, bits
-
-
-def axis_names(caller: str, fmt: Format, axis_name: AxisName) -> tuple[str, ...]:
-    """Returns the mesh axes as a tuple, or raises if no scale of the format can be that of arrays on many devices."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
-    spanning = [level for level in levels(fmt) if level.block in (None, "axis")]
-    if names and not spanning:
-        raise ValueError(
-            f"{caller}: axis_name was given, but {fmt!r} has no scale of a tensor or an axis; give each device whole "
-            "blocks, and leave axis_name out."
-        )
-    if names and any(isinstance(level.rule, Rms) or level.rule == "mse" for level in spanning):
-        raise ValueError(
-            f"{caller}: with axis_name scales are those of the largest magnitude, but {fmt!r} has another rule; take "
-            "'absmax' or a power-of-two rule."
-        )
-    return names
+    return x, Mode(fmt, rounding, axis, saturate, x.dtype, split), scale, key, words, bits
 
 
 def _rounding_named(caller: str, rounding) -> Rounding:
@@ -240,13 +224,13 @@ def _chop(x, scale, key, words, *, mode: Mode, bits: int):
         part, parts, rows = mode._replace(dtype=x.real.dtype), (x.real, x.imag), (words, words)
         if key is not None:
             # The parts draw as two rows of one array, so that a key gives them different draws.
-            both = random(jnp.stack(parts), key, None, bits)
+            both = random(jnp.stack(parts), key, None, bits, mode.split and ((), *mode.split))
             assert both is not None
             rows = both.words >> (both.words.itemsize * 8 - bits)
         return jax.lax.complex(*(_chop(p, scale, None, rows[i], mode=part, bits=bits) for i, p in enumerate(parts)))
 
     def value(x, scale, key, words):
-        return _value(x, scale, random(x, key, words, bits), mode)
+        return _value(x, scale, random(x, key, words, bits, mode.split), mode)
 
     # Elements are rounded as they lie; blocks are reshaped.
     if isinstance(mode.fmt, Scaled):
@@ -254,12 +238,12 @@ def _chop(x, scale, key, words, *, mode: Mode, bits: int):
     return value(x, scale, key, words)
 
 
-def random(x, key, words, bits: int) -> Random | None:
+def random(x, key, words, bits: int, split: Split = ()) -> Random | None:
     """Returns the random words of a call, the bits at the top, or None if it is not stochastic."""
     c = _carrier.carrier(x.dtype)
     if words is not None:
         return Random(words.astype(c.uint) << (c.width - bits), bits)
-    return None if key is None else Random(_random.random_words(key, x.shape, bits, c.width), bits)
+    return None if key is None else Random(_random.random_words(key, x.shape, bits, c.width, split), bits)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))

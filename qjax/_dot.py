@@ -18,8 +18,9 @@ from qjax._mesh import has_explicit_axes, in_auto_axes
 from qjax._operand import Operand, restored, stored
 from qjax._product import axes_of, product, rotated, swapped
 from qjax._quantizer import Quantizer
-from qjax._recipe import Gemm, Recipe
+from qjax._recipe import TENSORS, Gemm, Recipe
 from qjax._sites import marked
+from qjax._split import names_of, split_of
 from qjax._stored import Followed
 
 
@@ -190,8 +191,7 @@ class Static(NamedTuple):
 
 # The numbers of the products: their operands have the keys 0 to 5.
 _FORWARD, _DLHS, _DRHS = 0, 1, 2
-# Of which tensor an operand of each product is.
-_TENSORS = (("lhs", "rhs"), ("gradient", "rhs"), ("lhs", "gradient"))
+_TENSORS = tuple(TENSORS.values())
 
 
 def given_to(key, state, number: int, gemm: Gemm, codes: tuple = (None, None)) -> dict[str, Any]:
@@ -216,8 +216,8 @@ def given_to(key, state, number: int, gemm: Gemm, codes: tuple = (None, None)) -
 def _recorded(history, x, quantizer: Quantizer | None):
     """Returns a history with the largest magnitude of an array before all others, and the last one gone."""
     largest = jnp.max(jnp.abs(x)).astype(history.dtype)
-    if quantizer is not None and quantizer.axis_name:
-        largest = lax.pmax(largest, quantizer.axis_name)
+    names = names_of(split_of("Quantizer", quantizer.spec, x.ndim)) if quantizer is not None else ()
+    largest = lax.pmax(largest, names) if names else largest
     return jnp.concatenate([largest[None], history[:-1]])
 
 

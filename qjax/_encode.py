@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact, UInt
 
 from qjax import _carrier, _packing
 from qjax._blocks import Rows, blocks_of
 from qjax._carrier import Carrier
-from qjax._chop import AxisName, RoundingLike, _checked, random
+from qjax._chop import RoundingLike, _checked, random
 from qjax._modes import Rounding
 from qjax._scaled import Mode, Parts, _hold, multiply, once_per_block, quantize
 from qjax.formats import FP32, FP64, Codebook, Fixed, Float, Format, Scaled
@@ -117,7 +118,7 @@ def encode(
     key: Array | None = None,
     random_bits: int | UInt[Array, "*shape"] | None = None,
     saturate: bool = False,
-    axis_name: AxisName = None,
+    spec: PartitionSpec | None = None,
 ) -> QTensor:
     """Returns x in real storage: the ``QTensor`` of ``chop(x, fmt, ...)``.
 
@@ -137,7 +138,7 @@ def encode(
 
     Source of the layouts: OCP Microscaling Formats 1.0 (2023), section 5; IEEE P3109; ml_dtypes.
     """
-    options = (axis, scale, key, random_bits, saturate, axis_name)
+    options = (axis, scale, key, random_bits, saturate, spec)
     x, mode, scale, key, words, bits = _checked("encode", x, fmt, rounding, *options)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError("encode: x is complex; encode x.real and x.imag.")
@@ -152,7 +153,7 @@ def encode(
 
 @functools.partial(jax.jit, static_argnames=("mode", "bits"))
 def _encode(x, scale, key, words, *, mode: Mode, bits: int) -> QTensor:
-    _, parts = quantize(_carrier.widen(x), mode, scale=scale, random=random(x, key, words, bits))
+    _, parts = quantize(_carrier.widen(x), mode, scale=scale, random=random(x, key, words, bits, mode.split))
     return _stored(parts, mode.fmt, x, mode)
 
 

@@ -5,7 +5,7 @@ Three steps: ``trace`` makes the jaxpr of a function, ``plan`` asks of each of i
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -23,7 +23,8 @@ Plan = tuple[tuple[int, Any], ...]
 """What replaces the equations of a jaxpr: (position, replacement) pairs, hashable.
 
 A replacement is a hashable callable ``(equation, operands, Key or None, state) -> outputs`` with a ``name``, that of
-its entry in the state or ""; or an ``Enter``.
+its entry in the state or "", and it may have ``draws_by_place``, if it needs no key of its own in each shard; or it is
+an ``Enter``.
 """
 
 
@@ -192,7 +193,8 @@ def evaluate(
     have replacements in them. Replacements are given them, all else their values.
 
     With a key, each replacement gets one of its own: the number of the replacement is folded in, in loops that of the
-    iteration, in ``shard_map`` that of the shard. Of the state each gets the entry of its name, in a scan its step's.
+    iteration, in ``shard_map`` that of the shard, unless it draws by place. Of the state each gets the entry of its
+    name, in a scan its step's.
     """
     from jax.extend import source_info_util  # loads Pallas, which `import qjax` should not
 
@@ -230,7 +232,8 @@ def evaluate(
                     else:
                         out = ENTER[eqn.primitive.name](eqn.params, plans, operands, own and own.key, state)
                 else:
-                    out = replacement(eqn, operands, _shard_key(own, eqn), state and state.get(replacement.name))
+                    axes = set().union(*(varying(v.aval) for v in eqn.invars))
+                    out = OfShard(replacement, axes)(eqn, operands, own, state and state.get(replacement.name))
         env.update(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
     return [value_of(read(v)) for v in jaxpr.outvars]
 
@@ -270,12 +273,33 @@ def _names(plan: Plan) -> set[str]:
     return {r.name for _, r in plan if not isinstance(r, Enter)}.union(*map(_names, inner))
 
 
-def _shard_key(key: Key | None, eqn) -> Key | None:
-    """Returns a key of its own for each shard, along the axes that the operands vary over."""
-    if key is not None:
-        for axis in sorted(set().union(*(varying(v.aval) for v in eqn.invars))):
-            key = key.folded(jax.lax.axis_index(axis))
-    return key
+class OfShard(NamedTuple):
+    """A replacement with a key of its own in each shard along some axes, unless it draws by place."""
+
+    replacement: Callable
+    axes: Iterable[str]
+
+    @property
+    def name(self) -> str:
+        return self.replacement.name  # type: ignore[attr-defined]
+
+    def __call__(self, eqn, operands, key: Key | None, state):
+        if key is not None and not getattr(self.replacement, "draws_by_place", False):
+            for axis in sorted(self.axes):
+                key = key.folded(jax.lax.axis_index(axis))
+        return self.replacement(eqn, operands, key, state)
+
+
+def _of_shards(plan: Plan, axes: tuple[str, ...]) -> Plan:
+    """Returns a plan with a key of its own for each replacement, however deep, in each shard."""
+
+    def mine(replacement):
+        if not isinstance(replacement, Enter):
+            return OfShard(replacement, axes)
+        plans = tuple((name, tuple(_of_shards(p, axes) for p in inner)) for name, inner in replacement.plans)
+        return replacement._replace(plans=plans)
+
+    return tuple((position, mine(replacement)) for position, replacement in plan)
 
 
 def _call(params, plans, args, key, state):
@@ -379,12 +403,12 @@ def _cond(params, plans, args, key, state):
 
 def _shard_map(params, plans, args, key, state):
     axes = params.get("newly_manual_axes", params.get("manual_axes"))
+    plan = plans["jaxpr"][0]
+    if not params["check_vma"]:  # then no operand says what it varies over
+        plan = _of_shards(plan, tuple(sorted(axes)))
 
     def fn(key, *args):
-        if key is not None and not params["check_vma"]:  # then no operand says what it varies over
-            for axis in sorted(axes):
-                key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        return tuple(run(params["jaxpr"], plans["jaxpr"][0], args, key))
+        return tuple(run(params["jaxpr"], plan, args, key))
 
     return jax.shard_map(
         fn,

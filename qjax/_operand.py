@@ -12,9 +12,10 @@ from qjax import _carrier
 from qjax._blocks import blocks_of
 from qjax._chop import random
 from qjax._encode import decode
-from qjax._modes import max_random_bits
+from qjax._modes import Random, max_random_bits
 from qjax._quantizer import Quantizer, StraightThrough, derivative
 from qjax._scaled import Mode, multiply, quantize, quantize_apart
+from qjax._split import check_blocks, names_of, run, split_of
 from qjax._stored import Axes, Followed, apart, from_rows, laid_out
 from qjax.formats import Codebook, Fixed, Float, Format, Scaled
 
@@ -68,16 +69,13 @@ def quantized(
     if quantizer is None:
         return Operand(x)
     fmt = quantizer.fmt
-    rows, axis, straight = laid_out(x, fmt, axes, promote)
-    wide = _carrier.widen(rows)
-    bits = max_random_bits(quantizer.rounding, jnp.finfo(wide.dtype).bits)
-    mode = Mode(fmt, quantizer.rounding, axis, quantizer.saturate, wide.dtype, quantizer.axis_name)
-    options = {"scale": scale, "random": random(wide, quantizer.keys(key)[0], None, bits)}
+    wide, mode, drawn, straight = prepared(x, quantizer, axes, key, promote)
+    axis, options = mode.axis, {"scale": scale, "random": drawn}
 
     def operand(elements, value, **parts) -> Operand:
         slope = None
         if with_slope and stored is None and not isinstance(quantizer.estimator, StraightThrough):
-            slope = _back(derivative(quantizer, wide, value, axis, scale), x, axes, straight)
+            slope = _back(derivative(quantizer, wide, value, axis, scale, mode.split), x, axes, straight)
         return Operand(_back(elements, x, axes, straight), **parts, slope=slope)
 
     if quantizer.faults is not None:
@@ -85,7 +83,7 @@ def quantized(
         value = decode(quantizer.encode(wide, axis=axis, key=key, scale=scale)[0])
         return operand(value, value)
     if isinstance(fmt, Scaled):
-        blocks = blocks_of(fmt, rows.shape, axis)
+        blocks = blocks_of(fmt, wide.shape, axis)
         constant = all(blocks.counts[a] == 1 for a in (axes.contract if straight else (-1,)))
         if constant or (promote is not None and blocks.sizes[-1] % promote == 0):
             if stored is None:
@@ -109,6 +107,30 @@ def quantized(
         value = lax.transpose(decode(dataclasses.replace(stored.source, dtype=wide.dtype)), stored.order)
         value = laid_out(value, fmt, axes, promote)[0]
     return operand(value, value, fmt=fmt)
+
+
+def prepared(
+    x, quantizer: Quantizer, axes: Axes, key, promote: int | None = None
+) -> tuple[jax.Array, Mode, Random | None, bool]:
+    """Returns an operand as it is rounded: laid out, how, the random words, and whether in the layout it was given."""
+    rows, axis, straight = laid_out(x, quantizer.fmt, axes, promote)
+    wide = _carrier.widen(rows)
+    bits = max_random_bits(quantizer.rounding, jnp.finfo(wide.dtype).bits)
+    order = tuple(range(x.ndim)) if straight else axes.order
+    split = split_of("Quantizer", quantizer.spec, x.ndim)
+    split, shape = tuple(split[a] for a in order if split), tuple(x.shape[a] for a in order)
+    drawn = random(jax.ShapeDtypeStruct(shape, wide.dtype), quantizer.keys(key)[0], None, bits, split)
+    drawn = drawn and Random(drawn.words.reshape(wide.shape), drawn.bits)
+    if split:
+        runs = wide.shape
+        if not straight:
+            # The axes of the contraction are one, and a tile may have axes of length 1 before those of the operand.
+            batch, kept = len(axes.batch), len(axes.batch) + len(axes.free)
+            ones, merged = ((),) * (wide.ndim - kept - 1), split[kept:]
+            runs = (*wide.shape[:-1], run(shape[kept:], merged))
+            split = (*split[:batch], *ones, *split[batch:kept], names_of(merged))
+        check_blocks("Quantizer", quantizer.fmt, runs, axis, split)
+    return wide, Mode(quantizer.fmt, quantizer.rounding, axis, quantizer.saturate, wide.dtype, split), drawn, straight
 
 
 def _element(fmt: Scaled) -> Format:

@@ -13,6 +13,7 @@ from qjax._accumulator import Accumulator
 from qjax._operand import Operand
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm
+from qjax._split import run, split_of
 from qjax._stored import Axes
 from qjax.formats import Fixed, Float
 from qjax.kernels._accumulate import accumulate
@@ -69,6 +70,7 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
             "conv_general_dilated: a convolution can be rotated along its features alone (rotate), and not in groups."
         )
     promote = gemm.accumulator.promote if gemm.accumulator and is_dot else None
+    _check_split(equation, gemm, (lhs, rhs), axes)
     operands = []
     for name, array, where in zip(("lhs", "rhs"), (lhs, rhs), axes, strict=True):
         quantizer, turn = getattr(gemm, name), getattr(gemm, f"rotate_{name}")
@@ -121,6 +123,24 @@ def swapped(given: dict) -> dict:
     pairs = {"lhs": "rhs", "rotate_lhs": "rotate_rhs", "lhs_scale": "rhs_scale", "lhs_stored": "rhs_stored"}
     pairs |= {b: a for a, b in pairs.items()}
     return {name: given[pairs.get(name, name)] for name in given}
+
+
+def _check_split(equation, gemm: Gemm, arrays: tuple, axes: tuple[Axes, Axes]) -> None:
+    """Raises if a product of arrays that are split over a mesh is not that of their parts."""
+    for name, x, where in zip(("lhs", "rhs"), arrays, axes, strict=True):
+        quantizer = getattr(gemm, name)
+        if quantizer is None or quantizer.spec is None:
+            continue
+        if equation.params.get("feature_group_count", 1) * equation.params.get("batch_group_count", 1) > 1:
+            raise ValueError("conv_general_dilated: a convolution in groups takes no spec; leave it out.")
+        split = split_of("Quantizer", quantizer.spec, x.ndim)
+        for turn, along in ((gemm.rotate, where.contract), (getattr(gemm, f"rotate_{name}"), where.free)):
+            together = run([x.shape[a] for a in along], tuple(split[a] for a in along))
+            if turn is not None and any(split[a] for a in along) and together % turn.size:
+                raise ValueError(
+                    f"dot_general: {name} has {together} elements together on a device, not a multiple of the size of "
+                    f"{turn!r}; give each device whole blocks."
+                )
 
 
 def _check_register(caller: str, accumulator: Accumulator, operands: list[Operand]) -> None:

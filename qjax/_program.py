@@ -38,7 +38,8 @@ def quantize(fn: F, rule: Rule, *, key: Array | None = None, state: State | None
       rule: a ``Recipe`` for every site; or a dict of path patterns to a ``Recipe``, or to None for full precision, of
         which the first that matches the whole path (``re.fullmatch``) counts; or a function of a ``Site`` that returns
         one of both. ``qjax.coverage`` shows the sites and their paths.
-      key: the PRNG key, if a recipe is stochastic. Each site, each step of a loop and each shard draws its own bits.
+      key: the PRNG key, if a recipe is stochastic. Each site, each step of a loop and each shard draws its own bits; a
+        site whose recipe is ``sharded`` those of the places of elements in the whole.
       state: for recipes with delayed scaling, that of ``quantize_state``; its "gradient" is the next one.
       strict: whether a pattern that matches no site and a site that no pattern matches are errors.
 
@@ -266,6 +267,10 @@ class Quantized:
 
     recipe: Recipe
     name: str = ""
+
+    @property
+    def draws_by_place(self) -> bool:
+        return self.recipe.draws_by_place
 
     def __call__(self, eqn, operands, key, state):
         operation = getattr(_dot, eqn.primitive.name)

@@ -8,15 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact
 
 from qjax import _carrier
 from qjax._blocks import blocks_of
-from qjax._chop import AxisName, RoundingLike, _array, _rounding_named, axis_names, chop
+from qjax._chop import RoundingLike, _array, _rounding_named, chop
 from qjax._encode import QTensor, decode, encode
 from qjax._faults import Faults
 from qjax._modes import Rounding
 from qjax._scaled import Mode, quantize
+from qjax._split import Split, split_of
 from qjax.formats import Codebook, Fixed, Float, Format, Scaled, format
 
 Estimator = Callable[[Array, Array, Array, Array, Array], Array]
@@ -81,7 +83,10 @@ class Quantizer:
         ``TrustMasked()`` or a callable of your own (see ``StraightThrough``).
       faults: ``Faults`` that strike the codes, None for none. The value is that of the codes with faults, the gradient
         that of the estimator; with respect to a given scale there is none then.
-      axis_name: as in ``chop``; with a given scale it says nothing.
+      spec: as in ``chop``; in a product the operand is that of lax, ``Recipe.sharded`` gives each its own.
+
+    Raises:
+      TypeError, ValueError: if an argument is none of these; for faults with a ``spec``, which are those of a device.
 
     >>> import jax, jax.numpy as jnp, qjax
     >>> q = qjax.Quantizer("int4", estimator=qjax.Clipped())
@@ -95,7 +100,7 @@ class Quantizer:
     saturate: bool
     estimator: Estimator
     faults: Faults | None
-    axis_name: tuple[str, ...]
+    spec: PartitionSpec | None
 
     def __init__(
         self,
@@ -105,19 +110,22 @@ class Quantizer:
         saturate: bool = True,
         estimator: Estimator = StraightThrough(),
         faults: Faults | None = None,
-        axis_name: AxisName = None,
+        spec: PartitionSpec | None = None,
     ):
         if not callable(estimator):
             raise TypeError(f"Quantizer: estimator must be callable, got {estimator!r}; use qjax.StraightThrough().")
         if not isinstance(faults, Faults | None):
             raise TypeError(f"Quantizer: faults must be a qjax.Faults or None, got {faults!r}.")
+        split_of("Quantizer", spec, 0 if spec is None else len(spec))
+        if faults is not None and spec is not None:
+            raise ValueError("Quantizer: faults strike the memory of a device, whatever the mesh; leave spec out.")
         for name, value in (
             ("fmt", format(fmt)),
             ("rounding", _rounding_named("Quantizer", rounding)),
             ("saturate", saturate),
             ("estimator", estimator),
             ("faults", faults),
-            ("axis_name", axis_names("Quantizer", format(fmt), axis_name)),
+            ("spec", spec),
         ):
             object.__setattr__(self, name, value)
 
@@ -160,8 +168,7 @@ class Quantizer:
         return (q, jnp.zeros((), jnp.int32)) if self.faults is None else self.faults.strike(q, key=struck)
 
     def _options(self, axis: int, key, scale) -> dict[str, Any]:
-        spans = None if scale is not None else self.axis_name
-        return {"axis": axis, "key": key, "scale": scale, "saturate": self.saturate, "axis_name": spans}
+        return {"axis": axis, "key": key, "scale": scale, "saturate": self.saturate, "spec": self.spec}
 
     def keys(self, key: Array | None) -> tuple[Array | None, Array | None]:
         """Returns the key that rounding draws from, that of no faults, and the key of the faults; None where unused.
@@ -188,18 +195,18 @@ def _estimated(x, key, scale, quantizer: Quantizer, axis: int):
 @_estimated.defjvp
 def _estimated_jvp(quantizer: Quantizer, axis: int, primals, tangents):
     x, key, scale = primals
-    value = _estimated(x, key, scale, quantizer, axis)
-    return value, derivative(quantizer, x, value, axis, scale).astype(x.dtype) * tangents[0]
+    value, split = _estimated(x, key, scale, quantizer, axis), split_of("Quantizer", quantizer.spec, x.ndim)
+    return value, derivative(quantizer, x, value, axis, scale, split).astype(x.dtype) * tangents[0]
 
 
-def derivative(quantizer: Quantizer, x, value, axis: int, scale=None):
+def derivative(quantizer: Quantizer, x, value, axis: int, scale=None, split: Split = ()):
     """Returns the derivative that the estimator of a quantizer gives, in the shape of x."""
-    low, high, step = _range(x, quantizer.fmt, axis, scale, quantizer.axis_name)
+    low, high, step = _range(x, quantizer.fmt, axis, scale, split)
     wide = _carrier.widen(x)
     return quantizer.estimator(wide, _carrier.widen(value), low, high, step)
 
 
-def _range(x, fmt: Format, axis: int, scale, axis_name: tuple[str, ...] = ()):
+def _range(x, fmt: Format, axis: int, scale, split: Split = ()):
     """Returns the lowest and the largest value that the block of each element can hold, and the spacing below it."""
     dtype = _carrier.widen(x).dtype
     if not isinstance(fmt, Scaled):
@@ -209,7 +216,7 @@ def _range(x, fmt: Format, axis: int, scale, axis_name: tuple[str, ...] = ()):
         else:
             step = fmt.eps if isinstance(fmt, Fixed) else fmt.table[-1] - fmt.table[-2]
         return tuple(jnp.full_like(x, end, dtype=dtype) for end in (low, fmt.max, step))
-    mode = Mode(fmt, Rounding.NEAREST_EVEN, axis, True, x.dtype, axis_name)
+    mode = Mode(fmt, Rounding.NEAREST_EVEN, axis, True, x.dtype, split)
     _, parts = quantize(_carrier.widen(x), mode, scale=scale)
     shared = jnp.ones_like(x, dtype=dtype)
     level: Format = fmt

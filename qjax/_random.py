@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qjax._split import Split
+
 # Of Threefry-2x32: Salmon et al. (2011), Parallel random numbers, https://doi.org/10.1145/2063384.2063405, table 2.
 _TURNS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
@@ -56,30 +58,42 @@ def counter_bits(words, low, high=None):
     return state ^ (state >> 16)
 
 
-def counters(shape: tuple[int, ...]):
-    """Returns the row-major index of every element as uint32, and its upper word where there are over 2^32 elements."""
-    split = len(shape)
-    while split and math.prod(shape[split - 1 :]) <= 2**32:
-        split -= 1
+def counters(shape: tuple[int, ...], split: Split = ()):
+    """Returns the row-major index of every element as uint32, and its upper word where there are over 2^32 elements.
+
+    Args:
+      shape: of the array, or of its part on a device ...
+      split: ... where it is split like this. The index is that in the whole.
+    """
+    whole = list(shape)
+    for axis, names in enumerate(split):
+        whole[axis] *= lax.axis_size(names) if names else 1
+    upper = len(shape)
+    while upper and math.prod(whole[upper - 1 :]) <= 2**32:
+        upper -= 1
 
     def index(axes):
         total = jnp.zeros(shape, jnp.uint32)
         stride = 1
         for axis in reversed(axes):
-            total = total + lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
-            stride *= shape[axis]
+            place = lax.broadcasted_iota(jnp.uint32, shape, axis)
+            if split and split[axis]:
+                place = place + lax.axis_index(split[axis]).astype(jnp.uint32) * np.uint32(shape[axis])
+            total = total + place * np.uint32(stride % 2**32)
+            stride *= whole[axis]
         return total
 
-    return index(range(split, len(shape))), index(range(split)) if split else None
+    return index(range(upper, len(shape))), index(range(upper)) if upper else None
 
 
-def random_words(key, shape: tuple[int, ...], bits: int, width: int):
+def random_words(key, shape: tuple[int, ...], bits: int, width: int, split: Split = ()):
     """Returns unsigned words of ``width`` bits (32 or 64) whose upper ``bits`` bits are random and the rest zero.
 
-    The same bits however the array is tiled or sharded: they depend on the key and on the index of the element alone.
+    The same bits however the array is tiled or sharded: they depend on the key and on the index of the element alone,
+    under ``shard_map`` on that in the whole if ``split`` says how it is split.
     """
     words = key_words(key, 4 * width // 32)
-    low, high = counters(shape)
+    low, high = counters(shape, split)
     drawn = counter_bits(words[:4], low, high)
     if width == 64:
         other = counter_bits(words[4:], low, high)

@@ -1,10 +1,11 @@
 """``Gemm`` and ``Recipe``: what is quantized in the three products of a linear operation, and how each accumulates."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from qjax._accumulator import Accumulator
@@ -12,11 +13,18 @@ from qjax._hadamard import Hadamard
 from qjax._quantizer import Quantizer
 from qjax.formats import Scaled
 
+TENSORS = {"forward": ("lhs", "rhs"), "dlhs": ("gradient", "rhs"), "drhs": ("lhs", "gradient")}
+"""Of which tensor the operands of each product are."""
+
 
 def _check(caller: str, fields: dict, kind: type, what: str) -> None:
     for name, value in fields.items():
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{caller}: {name} must be {what} or None, got {value!r}.")
+
+
+def _rounds(part) -> TypeGuard[Quantizer]:
+    return isinstance(part, Quantizer)
 
 
 @jax.tree_util.register_static
@@ -136,6 +144,62 @@ class Recipe:
         return any(part.is_stochastic for part in (self.forward, self.dlhs, self.drhs)) or any(
             isinstance(part, Quantizer) and part.is_stochastic for part in saved
         )
+
+    @property
+    def draws_by_place(self) -> bool:
+        """Whether what it draws follows from the places of elements in whole arrays, also under ``shard_map``."""
+        return any(q.spec is not None for q in self._quantizers) and not any(
+            part.is_stochastic and (isinstance(part, Accumulator) or part.spec is None)
+            for part in (*self._quantizers, *self._accumulators)
+        )
+
+    @property
+    def _quantizers(self) -> list[Quantizer]:
+        parts = [part for gemm in (self.forward, self.dlhs, self.drhs) for part in (gemm.lhs, gemm.rhs)]
+        return list(filter(_rounds, (*parts, self.save_lhs, self.save_rhs)))
+
+    @property
+    def _accumulators(self) -> list[Accumulator]:
+        found = [gemm.accumulator for gemm in (self.forward, self.dlhs, self.drhs)]
+        return [part for part in found if part is not None]
+
+    def sharded(self, lhs: PartitionSpec, rhs: PartitionSpec, out: PartitionSpec) -> "Recipe":
+        """Returns it for a product under ``jax.shard_map`` whose arrays are split over mesh axes as the specs say.
+
+        Every operand then is rounded to its part of what one device would round it to, in all three products: shared
+        scales are those of the whole, and stochastic bits follow from the places of elements in it. The gradient of an
+        array is split as the array is. Sums over a contraction that is split stay with the program (``jax.lax.psum``).
+
+        Args:
+          lhs, rhs, out: how the operands and the result of lax's product lie; axes without an entry are whole.
+
+        Raises:
+          TypeError: if a spec is none.
+          ValueError: for a stochastic accumulator, whose register sums what a device has.
+
+        >>> from jax import P
+        >>> from qjax import recipes
+        >>> recipe = recipes.MXFP4_STOCHASTIC.sharded(lhs=P("data"), rhs=P(), out=P("data"))
+        >>> recipe.drhs.rhs.spec
+        P('data',)
+        """
+        specs = {"lhs": lhs, "rhs": rhs, "gradient": out}
+        for spec in specs.values():
+            if not isinstance(spec, PartitionSpec):
+                raise TypeError(f"Recipe.sharded: lhs, rhs and out must be a jax.P, got {spec!r}.")
+        if any(part.is_stochastic for part in self._accumulators):
+            raise ValueError(
+                "Recipe.sharded: the recipe has a stochastic accumulator, whose bits depend on the mesh; take one "
+                "that rounds deterministically, or give the specs to its quantizers (Quantizer(spec=...))."
+            )
+
+        def placed(whole, **tensors: str):
+            parts = {name: getattr(whole, name) for name in tensors}
+            found = {n: dataclasses.replace(q, spec=specs[tensors[n]]) for n, q in parts.items() if _rounds(q)}
+            return dataclasses.replace(whole, **found)
+
+        gemms = {n: placed(getattr(self, n), lhs=first, rhs=second) for n, (first, second) in TENSORS.items()}
+        return placed(dataclasses.replace(self, **gemms), save_lhs="lhs", save_rhs="rhs")
 
     def swapped(self) -> "Recipe":
         """Returns it for the operands in the other order."""

@@ -12,6 +12,7 @@ from qjax._blocks import Blocks, blocks_of
 from qjax._codebook import round_to_codebook
 from qjax._grid import once
 from qjax._modes import Random, Rounding
+from qjax._split import Split, names_of
 from qjax.formats import Codebook, Fixed, Float, Format, Rms, Scaled
 
 
@@ -23,7 +24,7 @@ class Mode(NamedTuple):
     axis: int
     saturate: bool
     dtype: Any
-    axis_name: tuple[str, ...] = ()
+    split: Split = ()
 
 
 class Parts(NamedTuple):
@@ -159,8 +160,11 @@ def _largest(x, blocks: Blocks):
 
 
 def _over_devices(largest, fmt: Scaled, mode: Mode):
-    """Returns the largest magnitudes of blocks that span the devices along the axes of the mode."""
-    return lax.pmax(largest, mode.axis_name) if mode.axis_name and fmt.block in (None, "axis") else largest
+    """Returns the largest magnitudes of blocks that span devices, those of the whole."""
+    names = ()
+    if mode.split and fmt.block in (None, "axis"):
+        names = names_of(mode.split) if fmt.block is None else mode.split[mode.axis]
+    return lax.pmax(largest, names) if names else largest
 
 
 def _quotient(magnitude, divisor: float, c):

@@ -106,6 +106,8 @@ class Lost:
 
 def stored_weight(x, quantizer: Quantizer, axes: Axes | None, key=None) -> QTensor:
     """Returns x in the storage that a product with these axes reads it from, None for a format without direction."""
+    if quantizer.spec is not None:
+        raise ValueError("quantize_params: codes are stored before they are split over a mesh; leave spec out.")
     wide, axis, straight = _carrier.widen(x), -1, True
     if axes is not None:
         wide, axis, straight = laid_out(wide, quantizer.fmt, axes)

@@ -44,12 +44,21 @@ REFUSALS = {
     ),
     "chop: axis 2 does not exist in x of shape \\(4, 48\\)": lambda: qjax.chop(X, "mxfp4", axis=2),
     "chop: axis -3 does not exist": lambda: qjax.chop(X, "int8_channel", axis=-3),
-    "chop: axis_name was given, but Scaled.* has no scale of a tensor or an axis": lambda: qjax.chop(
-        X, "mxfp4", axis_name="d"
+    "chop: spec P\\('d', None, 'e'\\) has 3 entries, and x has 2 axes": lambda: qjax.chop(
+        X, "mxfp4", spec=jax.P("d", None, "e")
     ),
-    "chop: axis_name was given with a scale": lambda: qjax.chop(X, "e4m3_tensor", scale=1.0, axis_name="d"),
-    "Quantizer: with axis_name scales are those of the largest magnitude, but .* has another rule": lambda: (
-        qjax.Quantizer(qjax.Scaled(qjax.Fixed(8), qjax.format("fp32"), None, rule="mse"), axis_name=("d",))
+    "chop: blocks of 32 of Scaled.* would lie across the devices of \\('d',\\), each of which has 48": lambda: (
+        qjax.chop(X, "mxfp4", spec=jax.P(None, "d"))
+    ),
+    "chop: blocks of 3 of Scaled.* would lie across the devices of \\('d',\\), each of which has 4": lambda: qjax.chop(
+        X, "e4m3_3x16", spec=jax.P("d")
+    ),
+    "chop: scales over devices are those of the largest magnitude, but .* has another rule": lambda: qjax.chop(
+        X, qjax.Scaled(qjax.Fixed(8), qjax.format("fp32"), None, rule="mse"), spec=jax.P("d")
+    ),
+    "Quantizer: spec must be a jax.P of mesh axes": lambda: qjax.Quantizer("e4m3", spec=jax.P(jax.P.UNCONSTRAINED)),
+    "Quantizer: faults strike the memory of a device": lambda: qjax.Quantizer(
+        "e4m3", faults=qjax.Faults(0.5), spec=jax.P()
     ),
     "encode: axis 5 does not exist": lambda: qjax.encode(X, "nvfp4", axis=5),
     "chop: tiles of \\(128, 128\\) need 2 axes, x has shape \\(48,\\)": lambda: qjax.chop(X[0], "e4m3_128x128"),
@@ -134,6 +143,22 @@ REFUSALS |= {
     ),
     "dot_general: the sum of 4 products of Fixed\\(16\\) and .* unseen; take a chunk of at most 1,": lambda: dot(
         Recipe(Gemm(INT16, INT16, Accumulator("int32", chunk=4)))
+    ),
+    "conv_general_dilated: a convolution in groups takes no spec": lambda: conv(
+        QUANTIZED.sharded(jax.P("d"), jax.P(), jax.P("d")), groups=2
+    ),
+    "dot_general: lhs has 48 elements together on a device, not a multiple of the size of Hadamard\\(size=32": lambda: (
+        dot(Recipe(Gemm(qjax.Quantizer("e4m3", spec=jax.P(None, "d")), E4M3, rotate=Hadamard(32))))
+    ),
+    "Quantizer: blocks of 32 of .* devices of \\('d',\\), each of which has 48 elements together": lambda: dot(
+        Recipe(Gemm(qjax.Quantizer("mxfp4", spec=jax.P(None, "d"))))
+    ),
+    "Recipe.sharded: lhs, rhs and out must be a jax.P, got None": lambda: QUANTIZED.sharded(None, jax.P(), jax.P()),
+    "Recipe.sharded: the recipe has a stochastic accumulator, whose bits depend": lambda: Recipe(
+        Gemm(accumulator=Accumulator("fp16", "stochastic"))
+    ).sharded(jax.P(), jax.P(), jax.P()),
+    "quantize_params: codes are stored before they are split over a mesh": lambda: qjax.quantize_params(
+        {"kernel": X}, qjax.Quantizer("e4m3", spec=jax.P("d"))
     ),
     "Hadamard: size must be a power of two, got 12": lambda: Hadamard(12),
     "Hadamard: signs must be 2 numbers of 1 and -1, got \\(1, 0\\)": lambda: Hadamard(2, (1, 0)),

@@ -171,20 +171,18 @@ POWERS = {
 
 @pytest.mark.parametrize("name", POWERS)
 def test_shard_map(name):
-    """Each device has a part of the batch: the scales of that are named, in the last product those of channels too."""
+    """Each device has a part of the batch: the scales of the whole, in the last product those of channels too."""
     fmt = POWERS[name]
-    own = qjax.Quantizer(fmt)
-    named = own if fmt.block == 32 else qjax.Quantizer(fmt, axis_name="data")
-    batch = named if fmt.block is None else own
-    recipe = qjax.Recipe(qjax.Gemm(batch, own), qjax.Gemm(batch, own), qjax.Gemm(named, named))
+    recipe = recipes.uniform(fmt, gradient_rounding="stochastic")
+    split = recipe.sharded(lhs=P("data"), rhs=P(), out=P("data"))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
     def mean_loss(params, x, y):
-        return jax.lax.pmean(qjax.quantize(loss, recipe)(params, x, y), "data")
+        return jax.lax.pmean(qjax.quantize(loss, split, key=jax.random.key(0))(params, x, y), "data")
 
     specs = {"mesh": mesh, "in_specs": (P(), P("data"), P("data")), "out_specs": P()}
     found = jax.jit(jax.shard_map(train(None, 1, mean_loss), **specs))(PARAMS, *DATA)
-    wanted = jax.jit(train(recipes.uniform(fmt), 1))(PARAMS, *DATA)
+    wanted = jax.jit(train(recipe, 1))(PARAMS, *DATA)
     for key, value in wanted.items():
         assert same(found[key], value)
 
@@ -192,13 +190,13 @@ def test_shard_map(name):
 def test_named_axis_is_that_of_the_whole():
     """A scale over devices is that of the whole tensor or axis, in chop and in encode, also under vmap."""
     x = DATA[0]
-    rows = functools.partial(qjax.chop, fmt="e4m3_tensor", axis_name="data")
+    rows = functools.partial(qjax.chop, fmt="e4m3_tensor", spec=P("data"))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharded = jax.shard_map(rows, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     assert same(sharded(x), qjax.chop(x, "e4m3_tensor"))
     assert same(jax.vmap(rows, axis_name="data")(x), qjax.chop(x, "e4m3_tensor"))
     assert not same(jax.vmap(functools.partial(qjax.chop, fmt="e4m3_tensor"))(x), qjax.chop(x, "e4m3_tensor"))
-    columns = functools.partial(qjax.encode, fmt="int8_channel", axis=0, axis_name=("data",))
+    columns = functools.partial(qjax.encode, fmt="int8_channel", axis=0, spec=P("data"))
     stored = jax.vmap(columns, axis_name="data")(x.reshape(8, -1, WIDTH))
     assert same(jax.vmap(qjax.decode)(stored).reshape(x.shape), qjax.chop(x, "int8_channel", axis=0))
 
@@ -217,8 +215,110 @@ def test_words_from_outside_do_not_depend_on_the_mesh(fmt):
         assert same(jax.shard_map(local, mesh=mesh, in_specs=(both, both), out_specs=both)(DATA[0], words), wanted)
 
 
+@pytest.mark.parametrize("fmt", ["e2m1", "mxfp4", "e4m3_tensor", "int8_channel", "nvfp4", "e4m3_2x16"])
+def test_random_bits_follow_from_the_place_in_the_whole(fmt):
+    options = {"key": KEYS[0]} | ({"axis": 0} if fmt == "int8_channel" else {})
+    x = DATA[0] if fmt != "e2m1" else jax.lax.complex(*DATA)
+    wanted = qjax.chop(x, fmt, "stochastic", **options)
+    for sizes in ((8, 1), (2, 4), (1, 8)):
+        mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        spec = P("data", "model") if sizes != (1, 8) else P(None, ("data", "model"))
+
+        def local(x, spec=spec):
+            y = qjax.chop(x, fmt, "stochastic", spec=spec, **options)
+            if fmt == "e2m1":
+                return y, y
+            return y, qjax.decode(qjax.encode(x, fmt, "stochastic", spec=spec, **options))
+
+        for found in jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec))(x):
+            assert same(found, wanted)
+
+
+def products(recipe, key, axis=None):
+    """Returns a function from operands and a gradient to the product, summed over an axis, and its gradients."""
+
+    def run(x, w, g):
+        def product(x, w):
+            out = qjax.quantize(jnp.matmul, recipe, key=key)(x, w)
+            return out if axis is None else jax.lax.psum(out, axis)
+
+        out, pull = jax.vjp(product, x, w)
+        return out, *pull(g)
+
+    return run
+
+
+# An operand times the unit matrix is what it was rounded to, in whatever order it is summed.
+SQUARES = [jax.random.normal(key, (256, 256)) for key in KEYS[1:]]
+REVEALED = [(SQUARES[0], jnp.eye(256), SQUARES[2]), (jnp.eye(256), *SQUARES[1:]), (*SQUARES[:2], jnp.eye(256))]
+# mesh, how the operands and the result lie on it, and whether the contraction is split.
+PRODUCTS = {
+    "data": ((8, 1), (P("data"), P(), P("data")), False),
+    "columns": ((2, 4), (P("data"), P(None, "model"), P("data", "model")), False),
+    "rows": ((2, 4), (P("data", "model"), P("model"), P("data")), True),
+    "tensor": ((1, 8), (P(None, "model"), P("model"), P()), True),
+}
+
+
+@functools.cache
+def rounded_on_one_device(fmt: str):
+    q = qjax.Quantizer(fmt, "stochastic")
+    return recipe_of(q), jax.jit(products(recipe_of(q), KEYS[0]))
+
+
+def recipe_of(q):
+    return qjax.Recipe(qjax.Gemm(q, q), qjax.Gemm(q, q), qjax.Gemm(q, q))
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("fmt", ["e4m3_tensor", "mxfp4", "nvfp4"])
+def test_stochastic_operands_do_not_depend_on_the_mesh(fmt, name):
+    sizes, specs, sums = PRODUCTS[name]
+    mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    recipe, whole = rounded_on_one_device(fmt)
+    local = products(recipe.sharded(*specs), KEYS[0], "model" if sums else None)
+    split = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(specs[2], *specs[:2])))
+    for arrays, exact in zip(REVEALED, ((0, 1), (0, 2), (1, 2)), strict=True):
+        found, wanted = split(*arrays), whole(*arrays)
+        for place in exact:
+            assert same(found[place], wanted[place])
+            assert not any(same(wanted[place], x) or same(wanted[place], x.T) for x in SQUARES)
+
+
+def test_a_contraction_over_axes_that_are_split():
+    """The gradient of a weight is contracted over batch and sequence: rows of places that do not lie together."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    recipe, whole = rounded_on_one_device("int8_tensor")
+    cases = [tuple(m if i == 1 else m.reshape(4, 64, 256) for i, m in enumerate(case)) for case in REVEALED[1:]]
+    spec = P("data", "model")
+    specs = {"in_specs": (spec, P(), spec), "out_specs": (spec, spec, P())}
+    local = products(recipe.sharded(spec, P(), spec), KEYS[0])
+    split = jax.jit(jax.shard_map(local, mesh=mesh, **specs))
+    for case, exact in zip(cases, ((0, 2), (1,)), strict=True):
+        assert all(same(split(*case)[place], whole(*case)[place]) for place in exact)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_keys_of_shards(check_vma):
+    """A site in a shard_map draws by shard, unless its recipe says how the operands are split."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    recipe, _ = rounded_on_one_device("e4m3_tensor")
+    specs = {"mesh": mesh, "in_specs": (P("data"), P()), "out_specs": P("data"), "check_vma": check_vma}
+
+    def drawn(fn, recipe):
+        return jax.jit(qjax.quantize(fn, recipe, key=KEYS[0]))(jnp.tile(SQUARES[0][:32], (8, 1)), jnp.eye(256))
+
+    def product(x, w):
+        return x @ w
+
+    local = jax.shard_map(product, **specs)
+    by_place, by_shard = drawn(local, recipe.sharded(P("data"), P(), P("data"))), drawn(local, recipe)
+    assert same(by_place, drawn(jax.jit(product), recipe))
+    assert not same(by_shard[:32], by_shard[32:64]) and not same(by_shard, by_place)
+
+
 def test_delayed_scales_are_those_of_all_devices():
-    e4m3 = qjax.Quantizer("e4m3_tensor", axis_name="data")
+    e4m3 = qjax.Quantizer("e4m3_tensor", spec=P("data"))
     gemm = qjax.Gemm(e4m3, e4m3)
     recipe = qjax.Recipe(gemm, gemm, gemm, history=4)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from qjax import _carrier, _dot, _jaxpr, _product, _stored
-from qjax._chop import random
+from qjax import _carrier, _dot, _jaxpr, _product
 from qjax._dot import Static, given_to, settings, with_product
-from qjax._modes import max_random_bits
+from qjax._operand import prepared
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm, Recipe
 from qjax._rules import Checked, Rule, assigned, checked
-from qjax._scaled import Mode
 from qjax._sites import Site, find
+from qjax._stored import Axes
 from qjax.formats import Float, Format, Scaled
 from qjax.stats._measure import of_error, of_signal
 from qjax.stats._stats import Stats, sizes
@@ -349,32 +348,27 @@ def _seen(static: Static, lhs, rhs, gradient, key) -> dict[str, Stats]:
             # Rounding that looks at no neighbours is the same in both products of a tensor.
             alone = quantizer is not None and not (turned or quantizer.is_stochastic or isinstance(fmt, Scaled))
             if not (alone and (place, quantizer) in known):
-                x, axis = laid[side]
                 rounding = Quantizer(fmt) if quantizer is None else quantizer
-                wide = _carrier.widen(x)
-                bits = max_random_bits(rounding.rounding, jnp.finfo(wide.dtype).bits)
-                mode = Mode(fmt, rounding.rounding, axis, rounding.saturate, wide.dtype, rounding.axis_name)
-                errors = of_error(wide, mode, random=random(wide, rounding.keys(given[side])[0], None, bits))
+                wide, mode, drawn, _ = prepared(laid[side][0], rounding, laid[side][1], given[side])
+                errors = of_error(wide, mode, random=drawn)
                 known[place, quantizer] = errors | (of_signal(wide) if turned else signals[place])
             found[operand] = Stats(**known[place, quantizer], fmt=fmt)
     return found
 
 
-def _operands(static: Static, number: int, gemm: Gemm, given: dict, lhs, rhs, gradient) -> dict[str, tuple[Any, int]]:
-    """Returns the operands of a product as they are rounded in it, and the axis of their blocks."""
-    found: dict[str, tuple[Any, int]] = {}
+def _operands(static: Static, number: int, gemm: Gemm, given: dict, lhs, rhs, gradient) -> dict[str, tuple[Any, Axes]]:
+    """Returns the operands of a product before they are rounded in it, and their axes."""
+    found: dict[str, tuple[Any, Axes]] = {}
 
     def record(equation, left, right, swap: bool):
         axes = _product.axes_of(equation)
         groups = equation.params.get("feature_group_count", 1)
         sides = ("rhs", "lhs") if swap else ("lhs", "rhs")
         for side, x, where, split in zip(sides, (left, right), axes, (groups, 1), strict=True):
-            quantizer, turn = getattr(gemm, side), getattr(gemm, f"rotate_{side}")
+            turn = getattr(gemm, f"rotate_{side}")
             turned = _product.rotated(x, gemm.rotate, where, given["rotate"])
             turned = _product.rotated(turned, turn, where, given[f"rotate_{side}"], free=True)
-            viewed = _product.by_groups(turned, where, split) if split > 1 else (turned, where)
-            fmt = _dtype(x.dtype) if quantizer is None else quantizer.fmt
-            found[side] = _stored.laid_out(viewed[0], fmt, viewed[1])[:2]
+            found[side] = _product.by_groups(turned, where, split) if split > 1 else (turned, where)
         out = equation.outvars[0].aval
         return jnp.zeros(out.shape, out.dtype)  # Of no use: nothing is multiplied here.
 
