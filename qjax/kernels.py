@@ -84,9 +84,7 @@ def matmul(
     for name, x in (("lhs", lhs), ("rhs", rhs)):
         if is_qtensor(x):
             if getattr(gemm, name) is not None:
-                raise ValueError(
-                    f"matmul: {name} is a QTensor, which the Gemm would round again; leave its {name} out."
-                )
+                raise ValueError(f"matmul: {name} is a QTensor, and the Gemm rounds it again; leave its {name} out.")
             gemm = dataclasses.replace(gemm, **{name: Quantizer(x.fmt)})
     if is_qtensor(rhs):
         rhs = dataclasses.replace(rhs, dtype=lhs.dtype)

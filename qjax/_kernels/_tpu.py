@@ -164,10 +164,11 @@ def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, til
             pl.when(((number + 1) * step % segment == 0) | (number == steps - 1))(lambda: flush(0))
 
     axes = varying(jax.typeof(inputs["lhs"][0])) | varying(jax.typeof(inputs["rhs"][0]))
+    varies = {"manual_axis_type": jax.sharding.ManualAxisType(varying=axes)} if axes else {}
     shape = (b, _up(m, bm), _up(n, bn))
     result = pl.pallas_call(
         body,
-        out_shape=jax.ShapeDtypeStruct(shape, np.float32, **({"vma": axes} if axes else {})),
+        out_shape=jax.ShapeDtypeStruct(shape, np.float32, **varies),
         grid=(b, shape[1] // bm, shape[2] // bn, steps),
         in_specs=[spec for _, spec in inputs.values()],
         out_specs=pl.BlockSpec((1, bm, bn), lambda b, i, j, s: (b, i, j)),
@@ -228,14 +229,15 @@ def _operands_of(lhs, rhs, total: int, step: int, bm: int, bn: int) -> dict:
 def _products(lhs, rhs):
     """Returns the product of the places of a slice of two operands, as the dtype of the register's sums."""
 
-    def elements(x):
+    def elements(x, dtype=None):
         if isinstance(lhs, Unrounded):
             x = _signed(functools.partial(_operands.rounded, quantizer=lhs.quantizer))(x)
-            return x.astype(_operand.narrow_float(lhs.quantizer.fmt))
+            return x.astype(dtype or _operand.narrow_float(lhs.quantizer.fmt))
         return x
 
     def dense(x, y, places):
-        return _dot(elements(x[0, :, places]), y[0, :, places])
+        y = y[0, :, places]
+        return _dot(elements(x[0, :, places], y.dtype), y)
 
     def int16(x, y, places):
         (xh, xl), (yh, yl) = (_int16.halves(z[0, :, places].astype(jnp.int32)) for z in (x, y))
@@ -258,7 +260,7 @@ def _products(lhs, rhs):
 
 def _decoded_dot(x, codes, fmt):
     values = _operands.decoded(codes, fmt)
-    dtype = jnp.promote_types(x.dtype, _operand.narrow_float(fmt))
+    dtype = jnp.bfloat16 if x.dtype == _operand.narrow_float(fmt) == jnp.bfloat16 else jnp.float32
     return _dot(x.astype(dtype), values.astype(dtype))
 
 
