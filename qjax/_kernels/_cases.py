@@ -90,7 +90,7 @@ CASES = (
     Case("a", "int8", _fixed(18, "saturate", chunk=64, detect=True)),
     *(Case("b", "bfloat16", _TWO_LEVELS, weights=name) for name in _WEIGHTS),
     Case("c", "int16", _fixed(32, "wrap", chunk=64)),
-    Case("c", "int16", _fixed(32, "saturate", chunk=64)),
+    Case("c", "int16", _fixed(28, "saturate", chunk=64)),
     Case("c", "int16", _fixed(32, "wrap", chunk=64, promote=256)),
     Case("d", "bfloat16", _TWO_LEVELS),
     Case("d", "float8_e4m3fn", _TWO_LEVELS),
