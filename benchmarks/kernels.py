@@ -62,12 +62,9 @@ ACCELERATOR = (
     Work("^b-", DECODE),
     Work("^[cde]-", CUBE),
 )
+ON_CPU = (256, 1024, 1024), (2048, 2048, 2048)
 CPU = (
-    Work(
-        "^a-bfloat16.*(nearest_even|toward_zero)-chunk64$",
-        ((256, 1024, 1024), (2048, 2048, 2048)),
-        Target(1 / 1.5, "plain", "xla"),
-    ),
+    Work("^a-bfloat16.*(nearest_even|toward_zero)-chunk64$", ON_CPU, Target(1 / 1.5, "plain", "xla")),
     Work("^a-", ON_CPU[:1]),
     Work("^b-", ((16, 1024, 1024),)),
     Work("^[cde]-", ON_CPU[:1]),
