@@ -17,7 +17,7 @@ if jax.__version_info__ < (0, 11, 2):
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax.kernels import _gpu, _gpu_plan, _reference
+from qjax._kernels import _gpu, _gpu_plan, _reference
 
 BF16, F16, E4M3, E5M2 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"))
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True)

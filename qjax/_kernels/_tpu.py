@@ -15,9 +15,9 @@ from qjax import _operand, _random
 from qjax._accumulator import Accumulator, random_bits, register_of
 from qjax._elementwise import varying
 from qjax._jaxpr import is_literal
+from qjax._kernels import _int16, _operands
+from qjax._kernels._operands import Coded, Unrounded
 from qjax.formats import Fixed
-from qjax.kernels import _int16, _operands
-from qjax.kernels._operands import Coded, Unrounded
 
 _LANES = 128
 _FLOATS = frozenset(map(jnp.dtype, ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")))
@@ -29,6 +29,9 @@ class Tiles(NamedTuple):
     m: int = 256
     n: int = 256
     k: int = 1024
+
+
+DEFAULT = Tiles()
 
 
 class Plan(NamedTuple):
@@ -52,7 +55,9 @@ def plan(accumulator: Accumulator, depth: int, tiles: Tiles, unit: int = _LANES)
     if promote is not None and promote % step:
         step = math.lcm(step, promote)
     if step > 8 * tiles.k:
-        return f"chunk={accumulator.chunk} and promote={promote} have no common multiple with {unit} below {8 * tiles.k}"
+        return (
+            f"chunk={accumulator.chunk} and promote={promote} have no common multiple with {unit} below {8 * tiles.k}"
+        )
     # Chunks are unrolled: some, not many.
     while promote is None and 2 * step <= tiles.k and step < min(depth, 8 * chunk):
         step *= 2
@@ -66,12 +71,13 @@ def refusal(lhs, rhs, accumulator: Accumulator, *, scales=None) -> str | None:
     allowed = {jnp.dtype(np.int8), jnp.dtype(np.int16)} if isinstance(accumulator.fmt, Fixed) else _FLOATS
     for name, dtype in (("lhs", x.dtype), ("rhs", x.dtype if isinstance(rhs, Coded) else rhs.dtype)):
         if dtype not in allowed:
-            return f"{name} is {dtype}; with the register {accumulator.fmt!r} it takes {', '.join(sorted(map(str, allowed)))}"
+            named = ", ".join(sorted(map(str, allowed)))
+            return f"{name} is {dtype}; for the register {accumulator.fmt!r} it must be one of {named}"
     if isinstance(rhs, Coded) and rhs.fmt.bits not in (4, 8):
         return f"codes of 4 or 8 bits are decoded in the kernel, got {rhs.fmt!r}"
     if math.prod((*lhs.shape[:2], rhs.shape[1])) >= 2**32 and accumulator.is_stochastic:
         return f"random bits are counted in 32 bits, and {lhs.shape} x {rhs.shape} has more results"
-    found = plan(accumulator, lhs.shape[-1], Tiles(), _unit(rhs))
+    found = plan(accumulator, lhs.shape[-1], DEFAULT, _unit(rhs))
     return found if isinstance(found, str) else None
 
 
@@ -80,8 +86,8 @@ def _unit(rhs) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("accumulator", "tiles", "interpret"))
-def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, tiles: Tiles = Tiles(), interpret=False):
-    """Returns the products of rows as ``qjax.kernels._reference.accumulate`` does, by a Mosaic kernel.
+def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, tiles: Tiles = DEFAULT, interpret=False):
+    """Returns the products of rows as ``qjax._kernels._reference.accumulate`` does, by a Mosaic kernel.
 
     Args:
       lhs: an array of floats or integers, or an ``Unrounded``.
@@ -158,10 +164,11 @@ def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, til
             pl.when(((number + 1) * step % segment == 0) | (number == steps - 1))(lambda: flush(0))
 
     axes = varying(jax.typeof(inputs["lhs"][0])) | varying(jax.typeof(inputs["rhs"][0]))
+    varies = {"manual_axis_type": jax.sharding.ManualAxisType(varying=axes)} if axes else {}
     shape = (b, _up(m, bm), _up(n, bn))
     result = pl.pallas_call(
         body,
-        out_shape=jax.ShapeDtypeStruct(shape, np.float32, **({"vma": axes} if axes else {})),
+        out_shape=jax.ShapeDtypeStruct(shape, np.float32, **varies),
         grid=(b, shape[1] // bm, shape[2] // bn, steps),
         in_specs=[spec for _, spec in inputs.values()],
         out_specs=pl.BlockSpec((1, bm, bn), lambda b, i, j, s: (b, i, j)),
@@ -222,14 +229,15 @@ def _operands_of(lhs, rhs, total: int, step: int, bm: int, bn: int) -> dict:
 def _products(lhs, rhs):
     """Returns the product of the places of a slice of two operands, as the dtype of the register's sums."""
 
-    def elements(x):
+    def elements(x, dtype=None):
         if isinstance(lhs, Unrounded):
             x = _signed(functools.partial(_operands.rounded, quantizer=lhs.quantizer))(x)
-            return x.astype(_operand.narrow_float(lhs.quantizer.fmt))
+            return x.astype(dtype or _operand.narrow_float(lhs.quantizer.fmt))
         return x
 
     def dense(x, y, places):
-        return _dot(elements(x[0, :, places]), y[0, :, places])
+        y = y[0, :, places]
+        return _dot(elements(x[0, :, places], y.dtype), y)
 
     def int16(x, y, places):
         (xh, xl), (yh, yl) = (_int16.halves(z[0, :, places].astype(jnp.int32)) for z in (x, y))
@@ -252,7 +260,7 @@ def _products(lhs, rhs):
 
 def _decoded_dot(x, codes, fmt):
     values = _operands.decoded(codes, fmt)
-    dtype = jnp.promote_types(x.dtype, _operand.narrow_float(fmt))
+    dtype = jnp.bfloat16 if x.dtype == _operand.narrow_float(fmt) == jnp.bfloat16 else jnp.float32
     return _dot(x.astype(dtype), values.astype(dtype))
 
 

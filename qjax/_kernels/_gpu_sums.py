@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax import _carrier, _random
 from qjax._accumulator import Accumulator, random_bits, register_of
-from qjax.kernels._gpu_plan import Plan, Tiles
+from qjax._kernels._gpu_plan import Plan, Tiles
 
 
 class Load(NamedTuple):

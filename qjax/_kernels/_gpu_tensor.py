@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax.kernels import _int16
-from qjax.kernels._gpu_plan import Plan
-from qjax.kernels._gpu_sums import Load, Products, multiplied
+from qjax._kernels import _int16
+from qjax._kernels._gpu_plan import Plan
+from qjax._kernels._gpu_sums import Load, Products, multiplied
 
 
 def direct(lhs, rhs, sums: type) -> Products:

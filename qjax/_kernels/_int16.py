@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from qjax.kernels._reference import dot
+from qjax._kernels._reference import dot
 
 
 def halves(x):

@@ -5,9 +5,9 @@ import numpy as np
 
 from qjax import _carrier
 from qjax._accumulator import Accumulator, register_of
-from qjax.kernels import _gpu_sums, _gpu_tensor, _reference
-from qjax.kernels._gpu_plan import Tiles, fitting, plan, unit
-from qjax.kernels._target import Target
+from qjax._kernels import _gpu_sums, _gpu_tensor, _reference
+from qjax._kernels._gpu_plan import Tiles, fitting, plan, unit
+from qjax._kernels._target import Target
 
 # In each of them a product is exact in bfloat16.
 _EIGHT_BITS = (np.dtype(np.int8), np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2))

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from qjax._accumulator import Accumulator
-from qjax.kernels import _reference
+from qjax._kernels import _reference
 
 
 class Tiles(NamedTuple):

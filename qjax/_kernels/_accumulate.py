@@ -9,15 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax._accumulator import Accumulator, register_of
-from qjax.kernels import _int16, _reference
-from qjax.kernels._target import Target, is_alone
+from qjax._kernels import _int16, _reference
+from qjax._kernels._target import Target, is_alone
 
 Implementation = Literal["reference", "xla", "pallas"]
 IMPLEMENTATIONS = ("reference", "xla", "pallas")
 
 
 def accumulate(
-    lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, implementation: Implementation | None = None
+    lhs,
+    rhs,
+    accumulator: Accumulator,
+    *,
+    key=None,
+    scales=None,
+    made: tuple | None = None,
+    implementation: Implementation | None = None,
 ):
     """Returns the products of rows, ``(b, m, k) x (b, n, k) -> (b, m, n)``, summed by an accumulator, as float32.
 
@@ -25,17 +32,19 @@ def accumulate(
       lhs, rhs: elements of one dtype, the narrowest that holds them: the carrier. Integers for a ``Fixed`` register,
         floats for a ``Float``.
       key, scales: as in the reference.
+      made: what a kernel can make lhs and rhs of itself, ``Unrounded`` and ``Coded``; or the arrays.
       implementation: None for the fastest that can run here.
     """
-    if implementation is None:
-        found = kernels_for(lhs, rhs, accumulator, scales) if is_alone() else ""
-        implementation = "xla" if isinstance(found, str) else "pallas"
-    if implementation == "pallas":
-        found = kernels_for(lhs, rhs, accumulator, scales)
-        if isinstance(found, str):
-            raise NotImplementedError(f"matmul: implementation='pallas' cannot run: {found}.")
-        return found.accumulate(lhs, rhs, accumulator, key=key, scales=scales)
-    products = _products(lhs, rhs, accumulator) if implementation == "xla" else None
+    if implementation == "pallas" or (implementation is None and is_alone()):
+        reason = ""
+        for operands in ((lhs, rhs),) if made is None else (made, (lhs, rhs)):
+            found = kernels_for(*operands, accumulator, scales)
+            if not isinstance(found, str):
+                return found.accumulate(*operands, accumulator, key=key, scales=scales)
+            reason = reason or found
+        if implementation == "pallas":
+            raise NotImplementedError(f"matmul: implementation='pallas' cannot run: {reason}.")
+    products = None if implementation == "reference" else _products(lhs, rhs, accumulator)
     return _reference.accumulate(lhs, rhs, accumulator, key=key, scales=scales, products=products)
 
 
@@ -46,7 +55,7 @@ def kernels_for(lhs, rhs, accumulator: Accumulator, scales) -> ModuleType | str:
         return f"the kernels are for TPUs and Hopper GPUs, and this is a {target.platform}; take 'xla' or None"
     if jax.__version_info__ < (0, 11, 2):
         return f"the kernels need jax >= 0.11.2, and this is {jax.__version__}"
-    module = importlib.import_module(f"qjax.kernels._{target.platform}")
+    module = importlib.import_module(f"qjax._kernels._{target.platform}")
     return module.refusal(lhs, rhs, accumulator, scales=scales) or module
 
 

@@ -1,0 +1,88 @@
+"""The Mosaic kernel for TPUs: the bits of the reference in the interpreter, and compiled for three generations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tables import bits
+
+from qjax import Accumulator, Fixed, Float
+from qjax._kernels import _reference
+from qjax._kernels._cases import CASES
+from qjax._kernels._operands import Coded, Unrounded
+
+if jax.__version_info__ < (0, 11, 2):
+    pytest.skip("the kernels need jax >= 0.11.2", allow_module_level=True)
+
+from jax.experimental.pallas import tpu as pltpu
+
+from qjax._kernels import _tpu
+
+INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+SMALL = _tpu.Tiles(32, 128, 256)
+
+
+def expected(lhs, rhs, accumulator, **options):
+    lhs, rhs = (x.elements if isinstance(x, Coded | Unrounded) else x for x in (lhs, rhs))
+    return _reference.accumulate(lhs, rhs, accumulator, **options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_bits_of_the_reference(case):
+    """Several tiles each way, the last ones partial, two in the batch; weights in NF4 are tested apart."""
+    lhs, rhs, options = case.operands(40, 150, 600, batch=2, exact=True)
+    out = _tpu.accumulate(lhs, rhs, case.accumulator, tiles=SMALL, interpret=INTERPRET, **options)
+    wanted = expected(lhs, rhs, case.accumulator, **options)
+    assert jnp.any(wanted != 0) and len(np.unique(wanted)) > 10
+    if case.weights == "nf4":
+        # Values of 24 bits: 128 products in any order, then five sums of groups, each scaled by a power of two.
+        sizes = expected(jnp.abs(lhs), jnp.abs(rhs.elements), case.accumulator, **options)
+        assert (np.abs(out - wanted) <= 2 * (128 + 5) * 2.0**-24 * np.asarray(sizes)).all()
+    else:
+        np.testing.assert_array_equal(bits(out), bits(wanted))
+
+
+def test_registers_overflow_in_the_cases():
+    """The tables' operands reach what they are there for."""
+    for case in CASES:
+        if not isinstance(case.accumulator.fmt, Fixed) or case.accumulator.promote:
+            continue
+        lhs, rhs, _ = case.operands(8, 8, 600)
+        exact = np.einsum("bmk,bnk->bmn", *(np.asarray(x, np.int64) for x in (lhs, rhs)))
+        assert (np.abs(exact) > case.accumulator.fmt.max_integer).any()
+
+
+FLOATS = [c for c in CASES if isinstance(c.accumulator.fmt, Float) and c.letter in "ae" and "64" in c.name]
+
+
+@pytest.mark.parametrize("case", FLOATS, ids=lambda case: case.name)
+def test_within_the_bound_on_normal_numbers(case):
+    """A chunk of c products in two orders differs by ``2 c 2^-24 sum |x y|``, and rounding is monotonous.
+
+    So a register's sums of chunks differ by what they did before, plus that, plus one spacing of the register.
+    """
+    lhs, rhs, options = case.operands(16, 40, 300)
+    out = _tpu.accumulate(lhs, rhs, case.accumulator, tiles=SMALL, interpret=INTERPRET, **options)
+    wanted = expected(lhs, rhs, case.accumulator, **options)
+    fmt, chunk = case.accumulator.fmt, case.accumulator.chunk
+    x, y = (jnp.abs(z.elements if isinstance(z, Unrounded) else z).astype(np.float32) for z in (lhs, rhs))
+    sizes = np.asarray(_reference.dot(x, y), np.float64)
+    spacing = 2.0 ** (np.floor(np.log2(sizes)) - fmt.mantissa_bits)
+    bound = 2 * chunk * 2.0**-24 * sizes + -(-300 // chunk) * spacing
+    assert (np.abs(np.float64(out) - np.float64(wanted)) <= bound).all()
+
+
+def test_what_the_kernel_does_not_take():
+    x = jnp.ones((1, 8, 256), jnp.bfloat16)
+    refusal = _tpu.refusal
+    fp16 = Accumulator("fp16", chunk=64)
+    assert refusal(x, x, fp16) is None
+    assert "chunk has at least 16 products, got chunk=8" in refusal(x, x, Accumulator("fp16", chunk=8))
+    odd = Accumulator("fp16", chunk=333, promote=999)
+    assert "chunk=333 and promote=999 have no common multiple with 128 below" in refusal(x, x, odd)
+    assert "lhs is int8; for the register Float(5, 10) it must be one of bfloat16, float16" in refusal(
+        x.astype(jnp.int8), x, fp16
+    )
+    assert "rhs is uint8; for the register Fixed(32) it must be one of int16, int8" in refusal(
+        x.astype(jnp.int8), x.astype(jnp.uint8), Accumulator(Fixed(32, 0))
+    )
