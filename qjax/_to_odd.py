@@ -16,7 +16,7 @@ def add(a, b, *, bounded: bool = True):
     total = a + b
     part = total - a
     error = (a - (total - part)) + (b - part)
-    return _odd(_bounded(total, jnp.isfinite(a) & jnp.isfinite(b)) if bounded else total, error)
+    return _odd(_bounded(total, _is_finite(a) & _is_finite(b)) if bounded else total, error)
 
 
 def subtract(a, b):
@@ -26,7 +26,7 @@ def subtract(a, b):
 
 def multiply(a, b):
     """Returns a b, of operands with half the bits of their dtype at most: exact, but for what is beyond its range."""
-    return _bounded(a * b, jnp.isfinite(a) & jnp.isfinite(b))
+    return _bounded(a * b, _is_finite(a) & _is_finite(b))
 
 
 def divide(a, b):
@@ -38,7 +38,7 @@ def divide(a, b):
     upper, lower = _halves(q, _carrier.carrier(q.dtype))
     error = (x - _carrier.apart(upper * y)) - _carrier.apart(lower * y)
     error = jnp.where((b < 0) ^ (a < 0), -error, error)
-    finite = jnp.isfinite(a) & jnp.isfinite(b) & (b != 0) & (quotient != 0)
+    finite = _is_finite(a) & _is_finite(b) & (b != 0) & (quotient != 0)
     return _odd(_bounded(quotient, finite), jnp.where(finite & (a != 0), error, 0))
 
 
@@ -54,7 +54,7 @@ def square_root(a):
     s = jnp.sqrt(x)
     upper, lower = _halves(s, c)
     error = (x - _carrier.apart(upper * upper)) - _carrier.apart(2 * upper * lower) - _carrier.apart(lower * lower)
-    return _odd(root, jnp.where((a > 0) & jnp.isfinite(a), error, 0))
+    return _odd(root, jnp.where((a > 0) & _is_finite(a), error, 0))
 
 
 def from_integer(n, dtype):
@@ -76,10 +76,15 @@ def _odd(value, error):
     return _carrier.from_bits(odd.astype(c.uint), c)
 
 
+def _is_finite(x):
+    # Mosaic GPU lowers neither jnp.isfinite nor jnp.copysign.
+    return jnp.abs(x) < jnp.inf
+
+
 def _bounded(value, finite):
     """Returns a result, an infinite one of a finite exact one as the largest number, which is odd."""
     largest = jnp.finfo(value.dtype).max
-    return jnp.where(finite & jnp.isinf(value), jnp.copysign(largest, value), value)
+    return jnp.where(finite & jnp.isinf(value), jnp.where(value < 0, -largest, largest), value)
 
 
 def _significand(x):

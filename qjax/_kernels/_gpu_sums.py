@@ -1,0 +1,253 @@
+"""The Hopper kernel of ``accumulate``: a warp-specialised pipeline that ends in the register of an accumulator.
+
+One warpgroup copies tiles of the operands to shared memory; the others multiply them in the tensor cores, 64 rows
+each, and hold in their registers the sum of the chunk, the register of the accumulator, and the total of what was
+promoted. What is multiplied, and how, is a ``Products``: each kind of operand has a file of its own.
+"""
+
+# pyright: reportAbstractUsage=false, reportPrivateImportUsage=false, reportArgumentType=false
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qjax import _carrier, _random
+from qjax._accumulator import Accumulator, random_bits, register_of
+from qjax._kernels._gpu_plan import Plan, Tiles
+
+
+class Load(NamedTuple):
+    """An operand in global memory, of which each step of the pipeline reads a tile.
+
+    Attributes:
+      array: ``(b, rows, elements)``.
+      of_columns: whether its rows are the columns of the result.
+      ratio: products of the contraction for each element, 2 for bytes of two codes.
+    """
+
+    array: jax.Array
+    of_columns: bool
+    ratio: int = 1
+
+
+class Products(NamedTuple):
+    """How products of tiles are summed.
+
+    Attributes:
+      loads: the operands.
+      sum: ``sum(tiles, shape)`` makes the sum of the products of tiles, references to one for each load, in the dtype
+        of the register's sums.
+      offsets: None, or int32 ``(b, rows, steps)`` and ``(b, columns, steps)`` to add to the sums of steps.
+    """
+
+    loads: tuple[Load, ...]
+    sum: Callable
+    offsets: tuple[jax.Array, jax.Array] | None = None
+
+
+class Carry(NamedTuple):
+    """What goes from step to step; empty where nothing has to."""
+
+    total: tuple = ()
+    state: tuple = ()
+    part: tuple = ()
+
+
+def accumulate(
+    products: Products,
+    accumulator: Accumulator,
+    plan: Plan,
+    tiles: Tiles,
+    *,
+    counts: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    key=None,
+    scales=None,
+    interpret=None,
+):
+    """Returns the sums of products, ``(b, rows, columns)`` float32, of operands padded to whole tiles.
+
+    Args:
+      counts: b, rows and columns, whole tiles.
+      strides: by how much the counter of random words grows along each of them.
+      key: for a stochastic accumulator.
+      scales: None, or ``(b, rows, segments)`` and ``(b, columns, segments)``, where there are several segments.
+    """
+    register = register_of(accumulator)
+    batch, rows, columns = counts
+    shape = (64, tiles.columns)
+    # An only chunk is added to the register once, after the last step.
+    is_late = plan.chunks == 1 and key is None
+    holds_state = not is_late and (plan.length > 1 or not plan.holds_total)
+    arrays = [load.array for load in products.loads]
+    vectors = [
+        (v, block_of)
+        for v, block_of in ((products.offsets, lambda step: step), (scales, plan.segment))
+        if v is not None
+    ]
+    for pair, _ in vectors:
+        arrays.extend(jnp.swapaxes(v, 1, 2) for v in pair)
+    if key is not None:
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(plan.chunks))
+        arrays.append(jax.vmap(_random.key_words)(keys)[None])
+
+    def kernel(*refs):
+        *inputs, out_ref, staging = refs
+        b, row, column = (lax.axis_index(name) for name in ("b", "row", "column"))
+        group = lax.axis_index("group")
+        mine = pl.ds(group * 64, 64)
+
+        def at(tile, step):
+            return tile, step
+
+        def across(tile, block_of, step):
+            return block_of(step), tile
+
+        specs = []
+        for array, of_columns, ratio in products.loads:
+            block = (tiles.columns if of_columns else tiles.rows, plan.depth // ratio)
+            tile = column if of_columns else row
+            transforms = swizzled(block[1], array.dtype)
+            specs.append(plgpu.BlockSpec(block, functools.partial(at, tile), transforms=transforms))
+        for _, block_of in vectors:
+            for size, tile in ((tiles.rows, row), (tiles.columns, column)):
+                specs.append(plgpu.BlockSpec((1, size), functools.partial(across, tile, block_of)))
+        if key is not None:
+            specs.append(plgpu.BlockSpec((1, 4), lambda step: (step // plan.pieces, 0)))
+
+        def step_of(indices, *refs_and_carry):
+            (step,) = indices
+            *refs, carry = refs_and_carry
+            pairs = zip(refs, products.loads, strict=False)
+            part = products.sum([r if load.of_columns else r.at[mine] for r, load in pairs], shape)
+            offsets, scale, words = read(refs[len(products.loads) :])
+            if offsets is not None:
+                part = part + offsets[0] + offsets[1]
+            if plan.holds_parts:
+                part = carry.part[0] + part
+            if is_late:
+                return Carry(part=(part,))
+            return either(
+                plan.ends_chunk(step),
+                lambda: ended(step, part, carry, scale, words),
+                lambda: carry._replace(part=(part,)),
+            )
+
+        def read(refs):
+            """Returns the offsets, the scales and the random words of a step."""
+            given: list[Any] = [None, None, None]
+            refs = list(refs)
+            for i, there in enumerate((products.offsets, scales)):
+                if there is not None:
+                    of_row, of_column = refs.pop(0)[0, mine], refs.pop(0)[0]
+                    given[i] = tuple(lax.broadcast_in_dim(v, shape, (a,)) for a, v in enumerate((of_row, of_column)))
+            if key is not None:
+                given[2] = [refs[0][0, i] for i in range(4)]
+            if any(g is not None for g in given):
+                # Copies of a later step, which take another way to memory, overwrite what was read.
+                plgpu.commit_smem()
+            return given
+
+        def ended(step, part, carry: Carry, scale, words):
+            """Returns the carry after the end of a chunk."""
+            random = None if words is None else drawn(words)
+            state = register.add(carry.state or started(), part, random)
+            kept = Carry(carry.total, state, zeros(plan.holds_parts, register.sums))
+            if not plan.holds_total:
+                return kept
+
+            def promoted():
+                value = register.read(state)
+                if scale is not None:
+                    value = _carrier.apart(value * scale[0] * scale[1])
+                return Carry((carry.total[0] + value,), started() if holds_state else (), kept.part)
+
+            return either(plan.ends_segment(step), promoted, lambda: kept)
+
+        def drawn(words):
+            """Returns a random word for each sum."""
+            corner = b * strides[0] + (row * tiles.rows + group * 64) * strides[1] + column * tiles.columns * strides[2]
+            counters = corner.astype(jnp.uint32)
+            for axis in range(2):
+                along = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+                counters = counters + along.astype(jnp.uint32) * np.uint32(strides[axis + 1])
+            return _random.upper(_random.counter_bits(words, counters), random_bits(accumulator))
+
+        def zeros(are_held: bool, dtype):
+            return (plgpu.layout_cast(jnp.zeros(shape, dtype), plgpu.Layout.WGMMA),) if are_held else ()
+
+        def started():
+            return tuple(plgpu.layout_cast(x, plgpu.Layout.WGMMA) for x in register.start(shape))
+
+        def compute(pipeline):
+            total = zeros(plan.holds_total, np.float32)
+            state = started() if holds_state else ()
+            carry = pipeline(Carry(total, state, zeros(plan.holds_parts or is_late, register.sums)))
+            # The sum of 0 and -0 is 0, in the reference too.
+            state = register.add(started(), carry.part[0], None) if is_late else carry.state
+            result = carry.total[0] if plan.holds_total else jnp.float32(0) + register.read(state)
+            out = out_ref.at[b, pl.ds(row * tiles.rows + group * 64, 64), pl.ds(column * tiles.columns, tiles.columns)]
+            for start in range(0, tiles.columns, STAGED):
+                plgpu.wait_smem_to_gmem(0)
+                staging[group] = result[:, start : start + STAGED]
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(staging.at[group], out.at[:, pl.ds(start, STAGED)])
+            plgpu.wait_smem_to_gmem(0)
+
+        plgpu.emit_pipeline_warp_specialized(
+            step_of,
+            grid=(plan.steps,),
+            memory_registers=40 if len(arrays) <= 3 else 56,
+            wg_axis="group",
+            num_compute_wgs=tiles.groups,
+            max_concurrent_steps=tiles.stages,
+            in_specs=specs,
+            compute_context=compute,
+        )(*(ref.at[b if ref.shape[0] > 1 else 0] for ref in inputs))
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(counts, jnp.float32),
+        grid=(batch, columns // tiles.columns, rows // tiles.rows),
+        grid_names=("b", "column", "row"),
+        num_threads=tiles.groups + 1,
+        thread_name="group",
+        scratch_types=[plgpu.SMEM((tiles.groups, 64, STAGED), jnp.float32, transforms=swizzled(STAGED, jnp.float32))],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=interpret,
+    )(*arrays)
+
+
+# Columns of the result that go to global memory at a time.
+STAGED = 32
+
+
+def multiplied(multiply: Callable, shape: tuple[int, int], *dtypes):
+    """Returns what ``multiply(*accumulators)`` adds up in accumulators of the tensor cores, which start at zero."""
+
+    def run(*accumulators):
+        multiply(*accumulators)
+        return tuple(a[...] for a in accumulators)
+
+    return pl.run_scoped(run, *(plgpu.ACC(shape, dtype) for dtype in dtypes))
+
+
+def either(condition, yes: Callable, no: Callable):
+    """Returns ``yes()`` or ``no()``; where the condition is known without a branch in the kernel."""
+    if isinstance(condition, bool):
+        return yes() if condition else no()
+    return lax.cond(condition, yes, no)
+
+
+def swizzled(depth: int, dtype):
+    """Returns the layout of tiles in shared memory that have rows of so many elements."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = next(s for s in (128, 64, 32) if depth * size % s == 0)
+    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
