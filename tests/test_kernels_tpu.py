@@ -1,5 +1,8 @@
 """The Mosaic kernel for TPUs: the bits of the reference in the interpreter, and compiled for three generations."""
 
+import functools
+
+import crosscompile
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,3 +82,41 @@ def test_what_the_kernel_does_not_take():
     assert "rhs is uint8; for the register Fixed(32) it must be one of int16, int8" in refusal(
         x.astype(jnp.int8), x.astype(jnp.uint8), Accumulator(Fixed(32, 0))
     )
+
+
+def cases() -> dict:
+    """Returns every case as a function of shapes, for the compiler: several steps of whole tiles."""
+
+    def function(case, lhs, rhs, scales, words):
+        key = None if words is None else jax.random.wrap_key_data(words)
+        assert _tpu.refusal(lhs, rhs, case.accumulator) is None
+        return _tpu.accumulate(lhs, rhs, case.accumulator, key=key, scales=scales)
+
+    def shapes(case):
+        lhs, rhs, options = jax.eval_shape(lambda: case.operands(512, 512, 2048))
+        words = jax.ShapeDtypeStruct((2,), np.uint32) if "key" in options else None
+        return lhs, rhs, options.get("scales"), words
+
+    return {case.name: (functools.partial(function, case), shapes(case)) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_lowering(case):
+    """That needs no compiler but jax's own."""
+    function, shapes = cases()[case.name]
+    assert "tpu_custom_call" in crosscompile.lowered("v6e", function, *shapes).as_text()
+
+
+def test_vmap_is_an_axis_of_the_grid():
+    function, shapes = cases()[CASES[0].name]
+    stacked = jax.tree.map(lambda s: jax.ShapeDtypeStruct((3, *s.shape), s.dtype), shapes)
+    assert crosscompile.lowered("v6e", jax.vmap(function), *stacked).as_text().count("tpu_custom_call") == 1
+
+
+@pytest.mark.skipif(not crosscompile.is_installed("v5e"), reason="needs libtpu")
+@pytest.mark.parametrize("target", ["v5e", "v6e", "tpu7x"])
+def test_every_case_compiles(target):
+    reports = crosscompile.compiled(target, "test_kernels_tpu:cases")
+    assert set(reports) == {case.name for case in CASES}
+    assert not {name: report["error"] for name, report in reports.items() if "error" in report}
+    assert all("tpu_custom_call" in report["hlo"] for report in reports.values())
