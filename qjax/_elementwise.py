@@ -62,8 +62,10 @@ def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[S
     closed = jax.make_jaxpr(lambda *numbers: fn(*numbers, *static))(*numbers)
     steps: list[Step] = []
 
-    def run(jaxpr, values) -> list[int | np.ndarray]:
-        known = dict(zip(jaxpr.invars, values, strict=True))
+    def run(closed, values) -> list[int | np.ndarray]:
+        jaxpr, known = closed.jaxpr, dict(zip(closed.jaxpr.invars, values, strict=True))
+        # Within ``ensure_compile_time_eval`` what follows from constants alone is worked out already.
+        known.update(zip(jaxpr.constvars, map(np.asarray, closed.consts), strict=True))
 
         def read(atom) -> int | np.ndarray:
             return np.asarray(atom.val, atom.aval.dtype) if hasattr(atom, "val") else known[atom]
@@ -71,7 +73,7 @@ def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[S
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
             if "jaxpr" in eqn.params:
-                results = run(eqn.params["jaxpr"].jaxpr, inputs)
+                results = run(eqn.params["jaxpr"], inputs)
             elif any(isinstance(x, int) for x in inputs):
                 selects = eqn.primitive is lax.select_n_p and isinstance(inputs[0], int)
                 function, params = _select if selects else eqn.primitive.bind, eqn.params
@@ -86,7 +88,7 @@ def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[S
             known.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    (result,) = run(closed.jaxpr, range(len(dtypes)))
+    (result,) = run(closed, range(len(dtypes)))
     assert isinstance(result, int), "the result is a constant"
     return _living(steps, result, len(dtypes))
 

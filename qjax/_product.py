@@ -10,6 +10,7 @@ from jax import lax
 
 from qjax import _carrier, _operand, _stored
 from qjax._accumulated import Source, accumulated, check_register
+from qjax._kernels._target import Target
 from qjax._operand import Operand
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm
@@ -176,7 +177,7 @@ def _dtype(equation, axes: tuple[Axes, Axes], operands: list[Operand]) -> tuple[
         np.dtype(jnp.bfloat16) if o.elements.dtype == jnp.bfloat16 else _operand.narrow_dtype(o.fmt, wide)
         for o in operands
     }
-    is_dot, on_cpu = equation.primitive is lax.dot_general_p, jax.default_backend() == "cpu"
+    is_dot, on_cpu = equation.primitive is lax.dot_general_p, Target.current().platform == "cpu"
     depth = math.prod(equation.invars[0].aval.shape[a] for a in axes[0].contract)
     if narrow == {np.dtype(np.int8)} and is_dot and (2**10 < depth < 2**17 or (depth < 2**17 and not on_cpu)):
         return np.dtype(np.int8), np.dtype(np.int32)

@@ -2,10 +2,9 @@
 
 A compiler may crash, and two processes fight for libtpu, so ``compiled`` works in a process of its own:
 ``compiled("h100", "test_kernels_gpu:cases")`` imports the module, calls the function, which returns a dict of
-``name: (function, shapes)``, and returns ``name: report``.
+``name: (function, shapes)``, these in any trees, and returns ``name: report``.
 """
 
-import contextlib
 import importlib
 import json
 import os
@@ -38,26 +37,37 @@ class Target(NamedTuple):
     platform: str
     package: str
     topology: dict
-    device: AbstractDevice | None = None
+    device: AbstractDevice
     environment: dict = {}
 
 
+def _tpu(kind: str) -> AbstractDevice:
+    return AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+
+
+H100 = Target(
+    "cuda",
+    "jax_cuda13_plugin",
+    {"topology_name": "h100", "topology": "1x1x1", "target_config": H100_CONFIG},
+    AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu"),
+    {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"},
+)
 TARGETS = {
-    "h100": Target(
-        "cuda",
-        "jax_cuda13_plugin",
-        {"topology_name": "h100", "topology": "1x1x1", "target_config": H100_CONFIG},
-        AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu"),
-        {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"},
+    "h100": H100,
+    # Products by cuBLAS: without a device there is none to try others on.
+    "h100-libraries": H100._replace(
+        environment={"XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"}
     ),
+    "v5e": Target("tpu", "libtpu", {"topology_name": "v5e:2x2"}, _tpu("TPU v5 lite")),
+    "v6e": Target("tpu", "libtpu", {"topology_name": "v6e:2x2"}, _tpu("TPU v6 lite")),
+    "tpu7x": Target("tpu", "libtpu", {"topology_name": "tpu7x:2x2x1"}, _tpu("TPU7x")),
 }
 
 
 def lowered(target: str, function, *shapes):
     """Returns the function lowered for a target."""
     platform, _, _, device, _ = TARGETS[target]
-    mesh = use_abstract_mesh(AbstractMesh((), (), abstract_device=device)) if device else contextlib.nullcontext()
-    with mesh:
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,))
 
 
@@ -73,6 +83,7 @@ def compiled(target: str, cases: str, timeout: float = 600) -> dict[str, dict]:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v6e-4",
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_WORKER_ID": "0",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -98,7 +109,7 @@ def main(target: str, cases: str, directory: str) -> None:
         dump = pathlib.Path(directory, re.sub(r"\W", "_", case))
         dump.mkdir()
         os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)
-        placed = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
+        placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
         try:
             hlo = lowered(target, function, *placed).compile().as_text()
             reports[case] = {"hlo": hlo, "dumped": {f.name: f.read_text() for f in sorted(dump.iterdir())}}

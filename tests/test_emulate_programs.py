@@ -8,7 +8,7 @@ from jax import lax
 from programs import same
 
 import qjax
-from qjax import chop, emulate
+from qjax import _elementwise, chop, emulate
 
 RANDOM = np.random.default_rng(0)
 X, W = (jnp.asarray(RANDOM.normal(size=(8, 8)), jnp.float32) for _ in range(2))
@@ -386,3 +386,10 @@ def test_arguments_that_are_no_arrays_stay():
     found = emulate(lambda x, flag, *, n: {"y": x * n, "flag": flag}, "fp16")(X, "a", n=2)
     assert found["flag"] == "a"
     assert same(found["y"], c(c(X) * 2))
+
+
+def test_a_constant_may_be_the_first_number_that_is_rounded():
+    """What JAX works out at once, in ``ensure_compile_time_eval``, is no equation of the core's program."""
+    _elementwise._program.cache_clear()
+    with jax.ensure_compile_time_eval():
+        assert qjax.chop(jnp.float32(0.3), "e4m5") == 0.296875

@@ -1,5 +1,8 @@
 """The Mosaic kernel for TPUs: the bits of the reference in the interpreter, and compiled for three generations."""
 
+import functools
+
+import crosscompile
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from tables import bits
 from qjax import Accumulator, Fixed, Float
 from qjax._kernels import _reference
 from qjax._kernels._cases import CASES
-from qjax._kernels._operands import Coded, Unrounded
+from qjax._kernels._operands import carried
 
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("the kernels need jax >= 0.11.2", allow_module_level=True)
@@ -22,22 +25,15 @@ INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 SMALL = _tpu.Tiles(32, 128, 256)
 
 
-def expected(lhs, rhs, accumulator, **options):
-    lhs, rhs = (x.elements if isinstance(x, Coded | Unrounded) else x for x in (lhs, rhs))
-    return _reference.accumulate(lhs, rhs, accumulator, **options)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_bits_of_the_reference(case):
-    """Several tiles each way, the last ones partial, two in the batch; weights in NF4 are tested apart."""
+    """Several tiles each way, the last ones partial, two in the batch."""
     lhs, rhs, options = case.operands(40, 150, 600, batch=2, exact=True)
     out = _tpu.accumulate(lhs, rhs, case.accumulator, tiles=SMALL, interpret=INTERPRET, **options)
-    wanted = expected(lhs, rhs, case.accumulator, **options)
-    assert jnp.any(wanted != 0) and len(np.unique(wanted)) > 10
-    if case.weights == "nf4":
-        # Values of 24 bits: 128 products in any order, then five sums of groups, each scaled by a power of two.
-        sizes = expected(jnp.abs(lhs), jnp.abs(rhs.elements), case.accumulator, **options)
-        assert (np.abs(out - wanted) <= 2 * (128 + 5) * 2.0**-24 * np.asarray(sizes)).all()
+    wanted = _reference.accumulate(*carried(lhs, rhs), case.accumulator, **options)
+    assert len(np.unique(wanted)) > 10
+    if np.any(apart := case.apart(lhs, rhs, **options)):
+        assert (np.abs(out - wanted) <= apart).all()
     else:
         np.testing.assert_array_equal(bits(out), bits(wanted))
 
@@ -63,9 +59,9 @@ def test_within_the_bound_on_normal_numbers(case):
     """
     lhs, rhs, options = case.operands(16, 40, 300)
     out = _tpu.accumulate(lhs, rhs, case.accumulator, tiles=SMALL, interpret=INTERPRET, **options)
-    wanted = expected(lhs, rhs, case.accumulator, **options)
+    wanted = _reference.accumulate(*carried(lhs, rhs), case.accumulator, **options)
     fmt, chunk = case.accumulator.fmt, case.accumulator.chunk
-    x, y = (jnp.abs(z.elements if isinstance(z, Unrounded) else z).astype(np.float32) for z in (lhs, rhs))
+    x, y = (jnp.abs(z).astype(np.float32) for z in carried(lhs, rhs))
     sizes = np.asarray(_reference.dot(x, y), np.float64)
     spacing = 2.0 ** (np.floor(np.log2(sizes)) - fmt.mantissa_bits)
     bound = 2 * chunk * 2.0**-24 * sizes + -(-300 // chunk) * spacing
@@ -86,3 +82,41 @@ def test_what_the_kernel_does_not_take():
     assert "rhs is uint8; for the register Fixed(32) it must be one of int16, int8" in refusal(
         x.astype(jnp.int8), x.astype(jnp.uint8), Accumulator(Fixed(32, 0))
     )
+
+
+def cases() -> dict:
+    """Returns every case as a function of shapes, for the compiler: several steps of whole tiles."""
+
+    def function(case, lhs, rhs, scales, words):
+        key = None if words is None else jax.random.wrap_key_data(words)
+        assert _tpu.refusal(lhs, rhs, case.accumulator) is None
+        return _tpu.accumulate(lhs, rhs, case.accumulator, key=key, scales=scales)
+
+    def shapes(case):
+        lhs, rhs, options = jax.eval_shape(lambda: case.operands(512, 512, 2048))
+        words = jax.ShapeDtypeStruct((2,), np.uint32) if "key" in options else None
+        return lhs, rhs, options.get("scales"), words
+
+    return {case.name: (functools.partial(function, case), shapes(case)) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_lowering(case):
+    """That needs no compiler but jax's own."""
+    function, shapes = cases()[case.name]
+    assert "tpu_custom_call" in crosscompile.lowered("v6e", function, *shapes).as_text()
+
+
+def test_vmap_is_an_axis_of_the_grid():
+    function, shapes = cases()[CASES[0].name]
+    stacked = jax.tree.map(lambda s: jax.ShapeDtypeStruct((3, *s.shape), s.dtype), shapes)
+    assert crosscompile.lowered("v6e", jax.vmap(function), *stacked).as_text().count("tpu_custom_call") == 1
+
+
+@pytest.mark.skipif(not crosscompile.is_installed("v5e"), reason="needs libtpu")
+@pytest.mark.parametrize("target", ["v5e", "v6e", "tpu7x"])
+def test_every_case_compiles(target):
+    reports = crosscompile.compiled(target, "test_kernels_tpu:cases")
+    assert set(reports) == {case.name for case in CASES}
+    assert not {name: report["error"] for name, report in reports.items() if "error" in report}
+    assert all("tpu_custom_call" in report["hlo"] for report in reports.values())

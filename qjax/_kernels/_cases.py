@@ -8,7 +8,8 @@ import numpy as np
 
 from qjax._accumulator import Accumulator
 from qjax._encode import encode
-from qjax._kernels._operands import Coded, Unrounded
+from qjax._kernels._operands import Coded, Unrounded, carried
+from qjax._kernels._reference import accumulate
 from qjax._quantizer import Quantizer
 from qjax.formats import Fixed, format
 
@@ -66,6 +67,18 @@ class Case(NamedTuple):
         if self.accumulator.is_stochastic:
             options["key"] = jax.random.key(seed)
         return lhs, rhs, options
+
+    def apart(self, lhs, rhs, scales=None, **_):
+        """Returns how far sums of exact operands may lie apart in two orders: 0 where float32 holds them.
+
+        Values of NF4 have 24 bits. Of the c products of a chunk each order gives the sum within ``c 2^-24`` of the sum
+        of their magnitudes, and the s sums of chunks within another ``s 2^-24``.
+        """
+        if self.weights != "nf4":
+            return 0
+        x, y = (jnp.abs(z) for z in carried(lhs, rhs))
+        sizes = accumulate(x, y, self.accumulator, scales=scales)
+        return 2 * (self.accumulator.chunk - -x.shape[-1] // self.accumulator.chunk) * 2.0**-24 * sizes
 
 
 def _fixed(bits: int, overflow: str, **options) -> Accumulator:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact, UInt
 
-from qjax import _carrier, _packing, _rounding
+from qjax import _carrier, _operand, _packing, _rounding
 from qjax._encode import _values
 from qjax._quantizer import Quantizer
 from qjax.formats import Codebook, Fixed, Float
@@ -79,3 +79,16 @@ def rounded(x, quantizer: Quantizer):
     """Returns float32 or bfloat16 numbers rounded by a quantizer, as float32."""
     fmt = quantizer.fmt
     return _rounding.round_to(_carrier.widen(x), fmt, quantizer.rounding, saturate=quantizer.saturate)
+
+
+def carried(lhs, rhs) -> tuple[Array, Array]:
+    """Returns operands as arrays of the narrowest dtype that holds both: what XLA gets in their place."""
+    if not isinstance(lhs, Unrounded) and not isinstance(rhs, Coded):
+        return lhs, rhs
+    narrow = [isinstance(x, Coded | Unrounded) or x.dtype == jnp.bfloat16 for x in (lhs, rhs)]
+    formats = [lhs.quantizer.fmt] if isinstance(lhs, Unrounded) else []
+    formats += [rhs.fmt] if isinstance(rhs, Coded) else []
+    fits = all(narrow) and all(_operand.narrow_float(fmt) == jnp.bfloat16 for fmt in formats)
+    arrays = [x.elements if isinstance(x, Coded | Unrounded) else x for x in (lhs, rhs)]
+    first, second = (x.astype(jnp.bfloat16 if fits else jnp.float32) for x in arrays)
+    return first, second
