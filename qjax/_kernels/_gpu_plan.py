@@ -96,11 +96,19 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def fitting(plan: Plan, accumulator: Accumulator, halves: bool) -> Tiles:
+
+def fitting(plan: Plan, accumulator: Accumulator, columns: int, *, halves: bool, turned: bool) -> Tiles:
     """Returns the tiles that fit a multiprocessor's registers and shared memory.
 
-    A warpgroup has about 230 registers a thread, and an array of 64 columns takes 32 of them.
+    A warpgroup has about 220 registers a thread, and an array of 64 columns takes 32 of them.
+
+    Args:
+      columns: those of the result.
+      halves: whether int16 operands are multiplied by halves.
+      turned: whether the rows are weights, that few columns are multiplied by.
     """
+    if turned:
+        return Tiles(1, next((n for n in (8, 16, 32) if columns <= n), 64), 128, 6)
     state = plan.length > 1 if plan.holds_total else plan.chunks > 1
     arrays = 1 + 2 * halves + plan.holds_parts + state + plan.holds_total
     return Tiles(2, 64 if arrays > 3 or accumulator.is_stochastic else 128, 128, 3 if halves else 4)

@@ -8,6 +8,7 @@ promoted. What is multiplied, and how, is a ``Products``: each kind of operand h
 # pyright: reportAbstractUsage=false, reportPrivateImportUsage=false, reportArgumentType=false
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,12 +30,10 @@ class Load(NamedTuple):
     Attributes:
       array: ``(b, rows, elements)``.
       of_columns: whether its rows are the columns of the result.
-      ratio: products of the contraction for each element, 2 for bytes of two codes.
     """
 
     array: jax.Array
     of_columns: bool
-    ratio: int = 1
 
 
 class Products(NamedTuple):
@@ -42,14 +41,16 @@ class Products(NamedTuple):
 
     Attributes:
       loads: the operands.
-      sum: ``sum(tiles, shape)`` makes the sum of the products of tiles, references to one for each load, in the dtype
-        of the register's sums.
+      sum: ``sum(tiles, shape, scratch)`` makes the sum of the products of tiles, references to one for each load, in
+        the dtype of the register's sums.
       offsets: None, or int32 ``(b, rows, steps)`` and ``(b, columns, steps)`` to add to the sums of steps.
+      scratch: None, or the dtype of a tile in shared memory that each warpgroup has to itself.
     """
 
     loads: tuple[Load, ...]
     sum: Callable
     offsets: tuple[jax.Array, jax.Array] | None = None
+    scratch: np.dtype | None = None
 
 
 class Carry(NamedTuple):
@@ -86,20 +87,24 @@ def accumulate(
     # An only chunk is added to the register once, after the last step.
     is_late = plan.chunks == 1 and key is None
     holds_state = not is_late and (plan.length > 1 or not plan.holds_total)
+    # Columns of the result that go to global memory at a time.
+    staged = math.gcd(tiles.columns, 32)
     arrays = [load.array for load in products.loads]
-    vectors = [
-        (v, block_of)
-        for v, block_of in ((products.offsets, lambda step: step), (scales, plan.segment))
-        if v is not None
-    ]
+    vectors = [(products.offsets, lambda step: step), (scales, plan.segment)]
+    vectors = [(pair, block_of) for pair, block_of in vectors if pair is not None]
     for pair, _ in vectors:
         arrays.extend(jnp.swapaxes(v, 1, 2) for v in pair)
     if key is not None:
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(plan.chunks))
         arrays.append(jax.vmap(_random.key_words)(keys)[None])
 
+    scratch = [plgpu.SMEM((tiles.groups, 64, staged), jnp.float32, transforms=swizzled(staged, jnp.float32))]
+    if products.scratch is not None:
+        transforms = swizzled(plan.depth, products.scratch)
+        scratch.append(plgpu.SMEM((tiles.groups, 64, plan.depth), products.scratch, transforms=transforms))
+
     def kernel(*refs):
-        *inputs, out_ref, staging = refs
+        inputs, (out_ref, staging, *own) = refs[: len(arrays)], refs[len(arrays) :]
         b, row, column = (lax.axis_index(name) for name in ("b", "row", "column"))
         group = lax.axis_index("group")
         mine = pl.ds(group * 64, 64)
@@ -111,8 +116,8 @@ def accumulate(
             return block_of(step), tile
 
         specs = []
-        for array, of_columns, ratio in products.loads:
-            block = (tiles.columns if of_columns else tiles.rows, plan.depth // ratio)
+        for array, of_columns in products.loads:
+            block = (tiles.columns if of_columns else tiles.rows, plan.depth)
             tile = column if of_columns else row
             transforms = swizzled(block[1], array.dtype)
             specs.append(plgpu.BlockSpec(block, functools.partial(at, tile), transforms=transforms))
@@ -126,7 +131,8 @@ def accumulate(
             (step,) = indices
             *refs, carry = refs_and_carry
             pairs = zip(refs, products.loads, strict=False)
-            part = products.sum([r if load.of_columns else r.at[mine] for r, load in pairs], shape)
+            tile_refs = [r if load.of_columns else r.at[mine] for r, load in pairs]
+            part = products.sum(tile_refs, shape, own[0].at[group] if own else None)
             offsets, scale, words = read(refs[len(products.loads) :])
             if offsets is not None:
                 part = part + offsets[0] + offsets[1]
@@ -194,11 +200,11 @@ def accumulate(
             state = register.add(started(), carry.part[0], None) if is_late else carry.state
             result = carry.total[0] if plan.holds_total else jnp.float32(0) + register.read(state)
             out = out_ref.at[b, pl.ds(row * tiles.rows + group * 64, 64), pl.ds(column * tiles.columns, tiles.columns)]
-            for start in range(0, tiles.columns, STAGED):
+            for start in range(0, tiles.columns, staged):
                 plgpu.wait_smem_to_gmem(0)
-                staging[group] = result[:, start : start + STAGED]
+                staging[group] = result[:, start : start + staged]
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staging.at[group], out.at[:, pl.ds(start, STAGED)])
+                plgpu.copy_smem_to_gmem(staging.at[group], out.at[:, pl.ds(start, staged)])
             plgpu.wait_smem_to_gmem(0)
 
         plgpu.emit_pipeline_warp_specialized(
@@ -219,14 +225,10 @@ def accumulate(
         grid_names=("b", "column", "row"),
         num_threads=tiles.groups + 1,
         thread_name="group",
-        scratch_types=[plgpu.SMEM((tiles.groups, 64, STAGED), jnp.float32, transforms=swizzled(STAGED, jnp.float32))],
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )(*arrays)
-
-
-# Columns of the result that go to global memory at a time.
-STAGED = 32
 
 
 def multiplied(multiply: Callable, shape: tuple[int, int], *dtypes):
@@ -248,6 +250,8 @@ def either(condition, yes: Callable, no: Callable):
 
 def swizzled(depth: int, dtype):
     """Returns the layout of tiles in shared memory that have rows of so many elements."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = next(s for s in (128, 64, 32) if depth * size % s == 0)
-    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+    bits = 4 if dtype == jnp.int4 else 8 * jnp.dtype(dtype).itemsize
+    swizzle = next((s for s in (128, 64, 32) if depth * bits // 8 % s == 0), None)
+    if swizzle is None:
+        return ()
+    return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)

@@ -13,7 +13,7 @@ def direct(lhs, rhs, sums: type) -> Products:
     """Returns the products of operands in a dtype of the tensor cores, padded to whole tiles, with sums of a dtype."""
     exact = np.int32 if lhs.dtype == jnp.int8 else np.float32
 
-    def sum_of(tiles, shape):
+    def sum_of(tiles, shape, scratch):
         x, y = tiles
         (total,) = multiplied(lambda acc: plgpu.wgmma(acc, x, y.T), shape, exact)
         return total.astype(sums)
@@ -27,7 +27,7 @@ def by_halves(lhs, rhs, plan: Plan) -> Products:
     of_row, of_column = (_int16.offset(x.reshape(*x.shape[:2], plan.steps, plan.depth)) for x in (lhs, rhs))
     of_column = of_column - _int16.modulo(plan.depth << 14)
 
-    def sum_of(tiles, shape):
+    def sum_of(tiles, shape, scratch):
         xh, xl, yh, yl = tiles
 
         def multiply(upper, middle, lower):
