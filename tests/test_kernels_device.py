@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tables import bits
 
+import qjax
 from qjax import Gemm, Quantizer
 from qjax._kernels import _reference
 from qjax._kernels._accumulate import accumulate, kernels_for
@@ -40,13 +41,13 @@ def test_the_bits_of_the_reference(case, shape):
 
 
 def test_stored_weights_serve_from_their_codes():
-    import qjax
-
     random = np.random.default_rng(0)
     x = jnp.asarray(random.integers(-7, 8, (16, 512)), jnp.bfloat16)
     w = jnp.asarray(random.integers(-7, 8, (512, 256)), jnp.float32).at[::16].set(7)
     q = k_major(qjax.encode(w, "int4_g128", axis=0))
-    wanted = matmul(x, w, Gemm(rhs=Quantizer("int4_g128")), implementation="reference", preferred_element_type=np.float32)
+    wanted = matmul(
+        x, w, Gemm(rhs=Quantizer("int4_g128")), implementation="reference", preferred_element_type=np.float32
+    )
     for implementation in ("xla", "pallas", None):
         out = matmul(x, q, implementation=implementation, preferred_element_type=np.float32)
         np.testing.assert_array_equal(bits(out), bits(wanted))

@@ -96,7 +96,6 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-
 def fitting(plan: Plan, accumulator: Accumulator, columns: int, *, halves: bool, turned: bool) -> Tiles:
     """Returns the tiles that fit a multiprocessor's registers and shared memory.
 

@@ -17,9 +17,10 @@ from qjax._elementwise import varying
 from qjax._jaxpr import is_literal
 from qjax._kernels import _int16, _operands
 from qjax._kernels._operands import Coded, Unrounded
+from qjax._kernels._tiles import tiles_for
 from qjax.formats import Fixed
 
-_LANES = 128
+_LANES, _DEEPEST = 128, 8192
 _FLOATS = frozenset(map(jnp.dtype, ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")))
 
 
@@ -29,9 +30,6 @@ class Tiles(NamedTuple):
     m: int = 256
     n: int = 256
     k: int = 1024
-
-
-DEFAULT = Tiles()
 
 
 class Plan(NamedTuple):
@@ -54,10 +52,8 @@ def plan(accumulator: Accumulator, depth: int, tiles: Tiles, unit: int = _LANES)
     step = math.lcm(chunk, unit)
     if promote is not None and promote % step:
         step = math.lcm(step, promote)
-    if step > 8 * tiles.k:
-        return (
-            f"chunk={accumulator.chunk} and promote={promote} have no common multiple with {unit} below {8 * tiles.k}"
-        )
+    if step > _DEEPEST:
+        return f"chunk={accumulator.chunk} and promote={promote} have no common multiple with {unit} below {_DEEPEST}"
     # Chunks are unrolled: some, not many.
     while promote is None and 2 * step <= tiles.k and step < min(depth, 8 * chunk):
         step *= 2
@@ -77,7 +73,7 @@ def refusal(lhs, rhs, accumulator: Accumulator, *, scales=None) -> str | None:
         return f"codes of 4 or 8 bits are decoded in the kernel, got {rhs.fmt!r}"
     if math.prod((*lhs.shape[:2], rhs.shape[1])) >= 2**32 and accumulator.is_stochastic:
         return f"random bits are counted in 32 bits, and {lhs.shape} x {rhs.shape} has more results"
-    found = plan(accumulator, lhs.shape[-1], DEFAULT, _unit(rhs))
+    found = plan(accumulator, lhs.shape[-1], Tiles(), _unit(rhs))
     return found if isinstance(found, str) else None
 
 
@@ -85,16 +81,23 @@ def _unit(rhs) -> int:
     return 2 * _LANES if isinstance(rhs, Coded) and rhs.fmt.bits == 4 else _LANES
 
 
-@functools.partial(jax.jit, static_argnames=("accumulator", "tiles", "interpret"))
-def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, tiles: Tiles = DEFAULT, interpret=False):
+def accumulate(
+    lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, tiles: Tiles | None = None, interpret=False
+):
     """Returns the products of rows as ``qjax._kernels._reference.accumulate`` does, by a Mosaic kernel.
 
     Args:
       lhs: an array of floats or integers, or an ``Unrounded``.
       rhs: an array of the same dtype, or ``Coded``.
-      tiles: how much of the problem a step has.
+      tiles: None for those of the table.
       interpret: ``pltpu.InterpretParams`` to run it on a CPU.
     """
+    tiles = tiles or Tiles(*(tiles_for(lhs, rhs, accumulator) or ()))
+    return _accumulate(lhs, rhs, key, scales, accumulator, tiles, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=("accumulator", "tiles", "interpret"))
+def _accumulate(lhs, rhs, key, scales, accumulator: Accumulator, tiles: Tiles, interpret):
     (b, m, depth), n = lhs.shape, rhs.shape[1]
     divided = plan(accumulator, depth, tiles, _unit(rhs))
     assert isinstance(divided, Plan)
