@@ -1,7 +1,6 @@
 """The fastest tiles by device, kind of operands and rows: data, which benchmarks/tune_kernels.py refills."""
 
 import functools
-import importlib.resources
 import json
 import pathlib
 
@@ -9,7 +8,7 @@ from qjax._accumulator import Accumulator, register_of
 from qjax._kernels._operands import Coded, Unrounded
 from qjax._kernels._target import Target
 
-PATH = pathlib.Path(str(importlib.resources.files(__package__))) / "tiles.json"
+PATH = pathlib.Path(__file__).with_name("tiles.json")
 
 
 def kind_of(lhs, rhs, accumulator: Accumulator) -> str:

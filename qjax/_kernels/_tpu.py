@@ -1,6 +1,7 @@
 """The sum of products by an ``Accumulator`` on a TPU: Mosaic, a tile of the result at a time, its registers in VMEM."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def _accumulate(lhs, rhs, key, scales, accumulator: Accumulator, tiles: Tiles, i
             pl.when(((number + 1) * step % segment == 0) | (number == steps - 1))(lambda: flush(0))
 
     axes = varying(jax.typeof(inputs["lhs"][0])) | varying(jax.typeof(inputs["rhs"][0]))
-    varies = {"manual_axis_type": jax.sharding.ManualAxisType(varying=axes)} if axes else {}
+    varies: dict[str, Any] = {"manual_axis_type": jax.sharding.ManualAxisType(varying=axes)} if axes else {}
     shape = (b, _up(m, bm), _up(n, bn))
     result = pl.pallas_call(
         body,
@@ -114,7 +115,7 @@ def _accumulate(lhs, rhs, key, scales, accumulator: Accumulator, tiles: Tiles, i
         grid=(b, shape[1] // bm, shape[2] // bn, steps),
         in_specs=[spec for _, spec in inputs.values()],
         out_specs=pl.BlockSpec((1, bm, bn), lambda b, i, j, s: (b, i, j)),
-        scratch_shapes=[pltpu.VMEM(s.shape, np.int32 if s.dtype == bool else s.dtype) for s in state],
+        scratch_shapes=[pltpu.VMEM(s.shape, jnp.dtype(np.int32 if s.dtype == bool else s.dtype)) for s in state],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="accumulate",
