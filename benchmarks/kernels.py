@@ -1,6 +1,6 @@
 """Times the sums of products of ``qjax.kernels``: reference, XLA, Pallas, and a plain product, interleaved in one run.
 
-    python benchmarks/kernels.py                        # writes benchmarks/results/kernels-<device>.json
+    python benchmarks/kernels.py                        # writes benchmarks/results/kernels-<device>.json, .md
     python benchmarks/kernels.py --only '^a.*chunk64'   # a part; writes with --output
 
 It runs anywhere; where there is no kernel its column is empty. Every implementation must first give the bits of the
@@ -176,8 +176,20 @@ def main():
         "rounds": options.rounds,
         "rows": [],
     }
-    print(" ".join(f"{key} {value};" for key, value in report.items() if key != "rows"), "medians in ms", flush=True)
-    print(f"| operands and accumulator | m x n x k | {' | '.join(COLUMNS)} | roofline | |\n|{'---|' * 8}", flush=True)
+    packages = ", ".join(f"{key} {report[key]}" for key in ("qjax", "jax", "jaxlib"))
+    lines = [
+        f"# Sums of products on {name}",
+        "",
+        f"- {report['date']}, `python benchmarks/kernels.py --rounds {options.rounds}`",
+        f"- {packages}, Python {report['python']}",
+        f"- device {report['device']}; {report['cores']} cores, load {report['load']}",
+        "",
+        "Medians in milliseconds. Plain is the product in one piece: of float32 on a CPU, else of the operands' dtype.",
+        "",
+        f"| operands and accumulator | m x n x k | {' | '.join(COLUMNS)} | roofline | |",
+        f"|{'---|' * 8}",
+    ]
+    print("\n".join(lines), flush=True)
     done = set()
     for part in work:
         for case in (
@@ -189,10 +201,12 @@ def main():
                 done.add((case.name, shape))
                 row = measured(case, shape, options.rounds)
                 report["rows"].append(row)
-                print(line(row, part.target), flush=True)
+                lines.append(line(row, part.target))
+                print(lines[-1], flush=True)
     output = options.output or (None if options.only else RESULTS / f"kernels-{name}.json")
     if output:
         output.write_text(json.dumps(report, indent=1) + "\n")
+        output.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The product of an equation as an ``Accumulator`` sums it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ from qjax.formats import Codebook, Fixed, Float, Scaled
 class Source(NamedTuple):
     """What an operand is made of: an array, what rounds it, and what it is stored in."""
 
-    array: object
+    array: Any
     quantizer: Quantizer | None
     stored: Followed | None
 
@@ -50,8 +50,7 @@ def accumulated(
         shapes = [(*rows.shape[:2], count) for rows in (x, y)]
         given = tuple(jnp.ones(n, np.float32) if s is None else s for s, n in zip(scales, shapes, strict=True))
     made = _made(equation, accumulator, operands, sources, axes, (x, y))
-    options = dict(key=key, scales=given, made=made, implementation=implementation)
-    return output(accumulate(x, y, accumulator, **options))
+    return output(accumulate(x, y, accumulator, key=key, scales=given, made=made, implementation=implementation))
 
 
 def _made(equation, accumulator: Accumulator, operands, sources: list[Source], axes, rows) -> tuple:
@@ -68,9 +67,10 @@ def _made(equation, accumulator: Accumulator, operands, sources: list[Source], a
         and rounds.faults is None
         and lhs.array.dtype in (jnp.float32, jnp.bfloat16)
     ):
-        x = Unrounded(_rows.dot_rows(equation, lhs.array, operands[1].elements)[0], rounds)
+        raw, _, _ = _rows.dot_rows(equation, lhs.array, operands[1].elements)
+        x = Unrounded(raw, rounds)
     apart = operands[1].segments is not None or operands[1].scale is not None
-    if rhs.stored is not None and (apart or not isinstance(rhs.quantizer.fmt, Scaled)):
+    if rhs.stored is not None and (apart or not isinstance(rhs.stored.source.fmt, Scaled)):
         codes = coded(rhs.stored.source, rhs.stored.axes_of_source(axes[1]))
         y = y if codes is None else codes
     return x, y

@@ -12,7 +12,7 @@ from qjax._accumulated import coded
 from qjax._accumulator import Accumulator
 from qjax._blocks import Rows, levels
 from qjax._dot import linear
-from qjax._encode import QTensor, is_qtensor
+from qjax._encode import QTensor
 from qjax._kernels._accumulate import IMPLEMENTATIONS, Implementation, kernels_for
 from qjax._kernels._target import is_alone
 from qjax._quantizer import Quantizer
@@ -82,13 +82,13 @@ def matmul(
         raise ValueError(f"matmul: shapes must be (..., k) and (k, n), got {lhs.shape} and {rhs.shape}.")
     gemm = gemm or Gemm()
     for name, x in (("lhs", lhs), ("rhs", rhs)):
-        if is_qtensor(x):
+        if isinstance(x, QTensor):
             if getattr(gemm, name) is not None:
                 raise ValueError(f"matmul: {name} is a QTensor, and the Gemm rounds it again; leave its {name} out.")
             gemm = dataclasses.replace(gemm, **{name: Quantizer(x.fmt)})
-    if is_qtensor(rhs):
+    if isinstance(rhs, QTensor):
         rhs = dataclasses.replace(rhs, dtype=lhs.dtype)
-    elif is_qtensor(lhs):
+    elif isinstance(lhs, QTensor):
         lhs = dataclasses.replace(lhs, dtype=rhs.dtype)
     gemm, implementation = _summed(lhs, rhs, gemm, implementation)
     precision = lax.Precision.HIGHEST if implementation == "reference" else None
@@ -104,7 +104,7 @@ def _summed(lhs, rhs, gemm: Gemm, implementation: Implementation | None) -> tupl
     """
     if gemm.accumulator is not None or implementation in ("reference", "xla"):
         return gemm, implementation
-    codes = coded(rhs, _AXES) if is_qtensor(rhs) else None
+    codes = coded(rhs, _AXES) if isinstance(rhs, QTensor) else None
     block = levels(rhs.fmt)[0].block if codes is not None and levels(rhs.fmt) else None
     group = block if isinstance(block, int) else None
     accumulator = Accumulator("fp32", chunk=group or 128, promote=group)

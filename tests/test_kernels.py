@@ -11,7 +11,8 @@ from tables import bits
 
 import qjax
 from qjax import Accumulator, Fixed, Gemm, Quantizer as Q
-from qjax._kernels import _int16
+from qjax._kernels import _int16, _tiles
+from qjax._kernels._cases import CASES
 from qjax.kernels import k_major, matmul
 
 TPU = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
@@ -214,3 +215,26 @@ def test_a_named_kernel_that_cannot_run_says_why():
         reason = r"the kernels need jax >= 0\.11\.2"
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=TPU)), pytest.raises(NotImplementedError, match=reason):
         jax.jit(lambda x, w: pallas(x, w, Gemm(accumulator=Accumulator("fp16")))).trace(x, w)
+
+
+def test_tiles_are_those_of_the_first_row_that_fits(monkeypatch):
+    rows = (
+        {"device": "TPU v6", "kind": None, "most_rows": 16, "tiles": [32, 128, 256]},
+        {"device": "TPU", "kind": "bfloat16 x bfloat16, rounded float32", "most_rows": None, "tiles": [64, 128, 256]},
+    )
+    x, fp16 = jnp.zeros((1, 16, 64), jnp.bfloat16), Accumulator("fp16", chunk=16)
+    monkeypatch.setattr(_tiles, "table", lambda: rows)
+    assert _tiles.tiles_for(x, x, fp16) is None
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=TPU)):
+        assert _tiles.tiles_for(x, x, fp16) == (32, 128, 256)
+        larger = jnp.zeros((1, 17, 64), jnp.bfloat16)
+        assert _tiles.tiles_for(larger, x, fp16) == (64, 128, 256)
+        assert _tiles.tiles_for(larger, x, Accumulator("fp32", chunk=16)) is None
+
+
+def test_the_table_of_tiles_is_in_order():
+    kinds = {_tiles.kind_of(*case.operands(1, 1, 256)[:2], case.accumulator) for case in CASES}
+    assert len(kinds) > 10
+    for row in _tiles.table():
+        assert set(row) == {"device", "kind", "most_rows", "tiles", "measured"}
+        assert row["kind"] in {None, *kinds}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tables import bits
 
-from qjax import Accumulator, Fixed, Float
+from qjax import Accumulator, Fixed, Float, format
 from qjax._kernels import _reference
 from qjax._kernels._cases import CASES
-from qjax._kernels._operands import carried
+from qjax._kernels._operands import Coded, carried
 
 if jax.__version_info__ < (0, 11, 2):
     pytest.skip("the kernels need jax >= 0.11.2", allow_module_level=True)
@@ -76,12 +76,21 @@ def test_what_the_kernel_does_not_take():
     assert "chunk has at least 16 products, got chunk=8" in refusal(x, x, Accumulator("fp16", chunk=8))
     odd = Accumulator("fp16", chunk=333, promote=999)
     assert "chunk=333 and promote=999 have no common multiple with 128 below" in refusal(x, x, odd)
-    assert "lhs is int8; for the register Float(5, 10) it must be one of bfloat16, float16" in refusal(
+    assert "lhs is int8; for the register Float(5, 10) it must be one of float32, bfloat16" in refusal(
         x.astype(jnp.int8), x, fp16
     )
-    assert "rhs is uint8; for the register Fixed(32) it must be one of int16, int8" in refusal(
+    assert "rhs is uint8; for the register Fixed(32) it must be one of int8, int16" in refusal(
         x.astype(jnp.int8), x.astype(jnp.uint8), Accumulator(Fixed(32, 0))
     )
+
+    x8 = x.astype(jnp.int8)
+    mixed = refusal(x8, x.astype(jnp.int16), Accumulator(Fixed(32), chunk=16))
+    assert "the operands are int8 and int16; take one dtype, or two of 8-bit floats" in mixed
+    assert refusal(x.astype(jnp.float8_e4m3fn), x.astype(jnp.float8_e5m2), fp16) is None
+    many = jax.ShapeDtypeStruct((1, 2**16, 64), jnp.bfloat16)
+    assert "random bits are counted in 32 bits" in refusal(many, many, Accumulator("fp16", "stochastic", chunk=16))
+    codes = Coded(jnp.zeros((1, 8, 96), jnp.uint8), format("e3m2"))
+    assert "codes of 4 or 8 bits are decoded in the kernel, got Float(3, 2" in refusal(x, codes, fp16)
 
 
 def cases() -> dict:

@@ -2,7 +2,7 @@
 
 import importlib
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def accumulate(
     *,
     key=None,
     scales=None,
-    made: tuple | None = None,
+    made: tuple[Any, Any] | None = None,
     implementation: Implementation | None = None,
 ):
     """Returns the products of rows, ``(b, m, k) x (b, n, k) -> (b, m, n)``, summed by an accumulator, as float32.
@@ -37,10 +37,10 @@ def accumulate(
     """
     if implementation == "pallas" or (implementation is None and is_alone()):
         reason = ""
-        for operands in ((lhs, rhs),) if made is None else (made, (lhs, rhs)):
-            found = kernels_for(*operands, accumulator, scales)
+        for x, y in ((lhs, rhs),) if made is None else (made, (lhs, rhs)):
+            found = kernels_for(x, y, accumulator, scales)
             if not isinstance(found, str):
-                return found.accumulate(*operands, accumulator, key=key, scales=scales)
+                return found.accumulate(x, y, accumulator, key=key, scales=scales)
             reason = reason or found
         if implementation == "pallas":
             raise NotImplementedError(f"matmul: implementation='pallas' cannot run: {reason}.")

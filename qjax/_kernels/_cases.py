@@ -1,6 +1,6 @@
 """Every kind of operands that the kernels take, for tests, benchmarks and tuning: a new one joins with a row."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ class Case(NamedTuple):
         return 2 * (self.accumulator.chunk - -x.shape[-1] // self.accumulator.chunk) * 2.0**-24 * sizes
 
 
-def _fixed(bits: int, overflow: str, **options) -> Accumulator:
+def _fixed(bits: int, overflow: Literal["wrap", "saturate"], **options) -> Accumulator:
     return Accumulator(Fixed(bits, 0, overflow=overflow), **options)
 
 

@@ -12,6 +12,7 @@ from qjax._kernels._gpu_plan import DENSE, WEIGHTS, Plan, Tiles, fitting, plan, 
 from qjax._kernels._gpu_sums import Load, Products
 from qjax._kernels._operands import Coded, Unrounded
 from qjax._kernels._target import Target
+from qjax._kernels._tiles import tiles_for
 
 # Those of the tensor cores in which products are exact in bfloat16 too.
 _EIGHT_BITS = (np.dtype(np.int8), np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2))
@@ -30,7 +31,7 @@ def accumulate(
       lhs, rhs: elements, of which ``refusal`` is None; lhs may be ``Unrounded``, rhs ``Coded``.
       key: for a stochastic accumulator.
       scales: scales of what is promoted, ``(b, m, segments)`` and ``(b, n, segments)``, or None.
-      tiles: None for those of ``fitting``.
+      tiles: None for those of the table, or else of ``fitting``.
       interpret: ``InterpretGPUParams``, to run without a GPU.
     """
     (b, m, depth), n = lhs.shape, rhs.shape[1]
@@ -42,6 +43,8 @@ def accumulate(
         lhs, rhs = _in_carriers(lhs, rhs, accumulator)
     dtype = _multiplied(lhs, rhs)
     bits = 8 if dtype == np.int16 else 8 * dtype.itemsize
+    found = tiles_for(lhs, rhs, accumulator) if tiles is None else None
+    tiles = Tiles(*found) if found else tiles
     # The operand that is made in registers is the first of the tensor cores, whose tiles have 64 rows: the weights.
     is_turned = isinstance(rhs, Coded)
     steps = plan(accumulator, depth, bits, tiles.bytes if tiles else WEIGHTS if is_turned else DENSE)

@@ -112,7 +112,6 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-
 def fitting(
     plan: Plan, accumulator: Accumulator, result: tuple[int, int, int], *, halves: bool, weights: int | None
 ) -> Tiles:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,8 @@ class Coded:
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape of the elements, of an even number in a row."""
-        *rows, size = self.codes.shape
-        return (*rows, size * 8 // self.fmt.bits)
+        b, n, size = self.codes.shape
+        return b, n, size * 8 // self.fmt.bits
 
     @property
     def elements(self) -> Array:
@@ -39,7 +40,7 @@ class Coded:
         return decoded(_packing.unpack(self.codes, self.fmt.bits, self.shape[-1], jnp.uint32), self.fmt)
 
 
-def decoded(codes, fmt: Float | Fixed | Codebook):
+def decoded(codes, fmt: Float | Fixed | Codebook) -> Any:
     """Returns the float32 values of uint32 codes in operations that kernels have: a codebook is no gather."""
     if not isinstance(fmt, Codebook):
         return _values(codes, fmt, 0, _carrier.carrier(np.float32))
@@ -66,7 +67,7 @@ class Unrounded:
     quantizer: Quantizer
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.x.shape
 
     @property
@@ -78,6 +79,7 @@ class Unrounded:
 def rounded(x, quantizer: Quantizer):
     """Returns float32 or bfloat16 numbers rounded by a quantizer, as float32."""
     fmt = quantizer.fmt
+    assert isinstance(fmt, Float | Fixed)
     return _rounding.round_to(_carrier.widen(x), fmt, quantizer.rounding, saturate=quantizer.saturate)
 
 

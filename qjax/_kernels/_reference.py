@@ -1,5 +1,7 @@
 """The sum of products by an ``Accumulator`` as a scan over chunks: what defines the numbers of every implementation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +61,7 @@ def divided(accumulator: Accumulator, depth: int) -> tuple[int, int, int]:
 def dot(x, y):
     """Returns the products of rows, in float32 in full precision or in int32."""
     total = np.int32 if jnp.issubdtype(x.dtype, jnp.integer) else np.float32
-    options = dict(precision=lax.Precision.HIGHEST, preferred_element_type=total)
+    options: dict[str, Any] = dict(precision=lax.Precision.HIGHEST, preferred_element_type=total)
     if len(x) == 1:  # the CPU multiplies bfloat16 only where there is no batch
         return lax.dot_general(x[0], y[0], (((1,), (1,)), ((), ())), **options)[None]
     return lax.dot_general(x, y, (((2,), (2,)), ((0,), (0,))), **options)
