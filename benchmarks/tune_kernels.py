@@ -22,10 +22,10 @@ from qjax._kernels._cases import CASES
 
 # (m, n, k), and the most rows that the tiles are then taken for.
 SHAPES = (((1, 28672, 8192), 8), ((16, 28672, 8192), 32), ((64, 28672, 8192), 128), ((4096, 4096, 4096), None))
-# As the modules have them: rows, columns and depth on a TPU; warpgroups, columns, bytes and stages on a GPU.
+# As the modules have them: rows, columns and depth on a TPU; warpgroups, columns, bytes, stages and splits on a GPU.
 CANDIDATES = {
     "tpu": list(itertools.product((32, 128, 256, 512), (128, 256, 512, 1024), (512, 1024, 2048))),
-    "gpu": list(itertools.product((1, 2, 3), (8, 16, 32, 64, 128, 192), (64, 128), (3, 4, 6))),
+    "gpu": list(itertools.product((1, 2, 3), (8, 16, 32, 64, 128), (128, 256), (3, 4, 8), (1, 2, 4))),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from qjax import _carrier, _operand
 from qjax._accumulator import Accumulator, register_of
 from qjax._kernels import _gpu_codes, _gpu_registers, _gpu_sums, _gpu_tensor, _operands, _reference
-from qjax._kernels._gpu_plan import Plan, Tiles, fitting, plan, unit
+from qjax._kernels._gpu_plan import DENSE, WEIGHTS, Plan, Tiles, fitting, plan, unit
 from qjax._kernels._gpu_sums import Load, Products
 from qjax._kernels._operands import Coded, Unrounded
 from qjax._kernels._target import Target
@@ -45,17 +45,19 @@ def accumulate(
     bits = 8 if dtype == np.int16 else 8 * dtype.itemsize
     found = tiles_for(lhs, rhs, accumulator) if tiles is None else None
     tiles = Tiles(*found) if found else tiles
-    steps = plan(accumulator, depth, bits, 128 if tiles is None else tiles.bytes)
     # The operand that is made in registers is the first of the tensor cores, whose tiles have 64 rows: the weights.
     is_turned = isinstance(rhs, Coded)
+    steps = plan(accumulator, depth, bits, tiles.bytes if tiles else WEIGHTS if is_turned else DENSE)
     rows, columns = (n, m) if is_turned else (m, n)
-    tiles = tiles or fitting(steps, accumulator, columns, halves=dtype == np.int16, turned=is_turned)
+    weights = rhs.fmt.bits if is_turned else None
+    tiles = tiles or fitting(steps, accumulator, (b, rows, columns), halves=dtype == np.int16, weights=weights)
+    steps = steps.split(tiles.splits)
     rows, columns = _up(rows, tiles.rows), _up(columns, tiles.columns)
     products = _products(lhs, rhs, rows, columns, steps, register_of(accumulator).sums, interpret is not None)
     inner = scales if steps.holds_total else None
     if inner is not None:
         inner = reversed(inner) if is_turned else inner
-        inner = tuple(_padded(s, count, steps.segments) for s, count in zip(inner, (rows, columns), strict=True))
+        inner = tuple(_padded(s, count, steps.segments * steps.splits) for s, count in zip(inner, (rows, columns), strict=True))
     strides = (m * n, 1, n) if is_turned else (m * n, n, 1)
     options = dict(counts=(b, rows, columns), strides=strides, key=key, scales=inner, interpret=interpret)
     result = _gpu_sums.accumulate(products, accumulator, steps, tiles, **options)
@@ -67,7 +69,7 @@ def accumulate(
 
 def _products(lhs, rhs, rows: int, columns: int, steps: Plan, sums: type, interpreted: bool) -> Products:
     """Returns the products of operands, padded to whole tiles."""
-    depth = steps.steps * steps.depth
+    depth = steps.whole
     if isinstance(rhs, Coded):
         codes = Load(_gpu_codes.read(rhs, rows, depth), False)
         make = functools.partial(_gpu_codes.terms, fmt=rhs.fmt)

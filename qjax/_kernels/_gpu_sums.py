@@ -95,7 +95,7 @@ def accumulate(
     for pair, _ in vectors:
         arrays.extend(jnp.swapaxes(v, 1, 2) for v in pair)
     if key is not None:
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(plan.chunks))
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(plan.chunks * plan.splits))
         arrays.append(jax.vmap(_random.key_words)(keys)[None])
 
     scratch = [plgpu.SMEM((tiles.groups, 64, staged), jnp.float32, transforms=swizzled(staged, jnp.float32))]
@@ -105,27 +105,27 @@ def accumulate(
 
     def kernel(*refs):
         inputs, (out_ref, staging, *own) = refs[: len(arrays)], refs[len(arrays) :]
-        b, row, column = (lax.axis_index(name) for name in ("b", "row", "column"))
+        block, row, column = (lax.axis_index(name) for name in ("block", "row", "column"))
+        b, first = block // plan.splits, block % plan.splits * plan.steps
         group = lax.axis_index("group")
         mine = pl.ds(group * 64, 64)
 
         def at(tile, step):
-            return tile, step
+            return tile, first + step
 
         def across(tile, block_of, step):
-            return block_of(step), tile
+            return block_of(first + step), tile
 
         specs = []
         for array, of_columns in products.loads:
-            block = (tiles.columns if of_columns else tiles.rows, plan.depth)
-            tile = column if of_columns else row
-            transforms = swizzled(block[1], array.dtype)
-            specs.append(plgpu.BlockSpec(block, functools.partial(at, tile), transforms=transforms))
+            size, tile = (tiles.columns, column) if of_columns else (tiles.rows, row)
+            options = {"transforms": swizzled(plan.depth, array.dtype)}
+            specs.append(plgpu.BlockSpec((size, plan.depth), functools.partial(at, tile), **options))
         for _, block_of in vectors:
             for size, tile in ((tiles.rows, row), (tiles.columns, column)):
                 specs.append(plgpu.BlockSpec((1, size), functools.partial(across, tile, block_of)))
         if key is not None:
-            specs.append(plgpu.BlockSpec((1, 4), lambda step: (step // plan.pieces, 0)))
+            specs.append(plgpu.BlockSpec((1, 4), lambda step: ((first + step) // plan.pieces, 0)))
 
         def step_of(indices, *refs_and_carry):
             (step,) = indices
@@ -199,7 +199,7 @@ def accumulate(
             # The sum of 0 and -0 is 0, in the reference too.
             state = register.add(started(), carry.part[0], None) if is_late else carry.state
             result = carry.total[0] if plan.holds_total else jnp.float32(0) + register.read(state)
-            out = out_ref.at[b, pl.ds(row * tiles.rows + group * 64, 64), pl.ds(column * tiles.columns, tiles.columns)]
+            out = out_ref.at[block, pl.ds(row * tiles.rows + group * 64, 64), pl.ds(column * tiles.columns, tiles.columns)]
             for start in range(0, tiles.columns, staged):
                 plgpu.wait_smem_to_gmem(0)
                 staging[group] = result[:, start : start + staged]
@@ -218,17 +218,21 @@ def accumulate(
             compute_context=compute,
         )(*(ref.at[b if ref.shape[0] > 1 else 0] for ref in inputs))
 
-    return plgpu.kernel(
+    parts = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(counts, jnp.float32),
-        grid=(batch, columns // tiles.columns, rows // tiles.rows),
-        grid_names=("b", "column", "row"),
+        out_type=jax.ShapeDtypeStruct((batch * plan.splits, rows, columns), jnp.float32),
+        grid=(batch * plan.splits, columns // tiles.columns, rows // tiles.rows),
+        grid_names=("block", "column", "row"),
         num_threads=tiles.groups + 1,
         thread_name="group",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )(*arrays)
+    if plan.splits == 1:
+        return parts
+    parts = parts.reshape(batch, plan.splits, rows, columns)
+    return functools.reduce(jnp.add, (parts[:, i] for i in range(plan.splits)))
 
 
 def multiplied(multiply: Callable, shape: tuple[int, int], *dtypes):

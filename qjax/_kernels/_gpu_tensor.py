@@ -24,7 +24,7 @@ def direct(lhs, rhs, sums: type) -> Products:
 def by_halves(lhs, rhs, plan: Plan) -> Products:
     """Returns the products of int16 operands, exact modulo 2^32, by four products of int8: ``_int16.product``."""
     halves = [Load(half, of_columns) for of_columns, x in ((False, lhs), (True, rhs)) for half in _int16.halves(x)]
-    of_row, of_column = (_int16.offset(x.reshape(*x.shape[:2], plan.steps, plan.depth)) for x in (lhs, rhs))
+    of_row, of_column = (_int16.offset(x.reshape(*x.shape[:2], -1, plan.depth)) for x in (lhs, rhs))
     of_column = of_column - _int16.modulo(plan.depth << 14)
 
     def sum_of(tiles, shape, scratch):
