@@ -57,7 +57,9 @@ def accumulate(
     inner = scales if steps.holds_total else None
     if inner is not None:
         inner = reversed(inner) if is_turned else inner
-        inner = tuple(_padded(s, count, steps.segments * steps.splits) for s, count in zip(inner, (rows, columns), strict=True))
+        inner = tuple(
+            _padded(s, count, steps.segments * steps.splits) for s, count in zip(inner, (rows, columns), strict=True)
+        )
     strides = (m * n, 1, n) if is_turned else (m * n, n, 1)
     options = dict(counts=(b, rows, columns), strides=strides, key=key, scales=inner, interpret=interpret)
     result = _gpu_sums.accumulate(products, accumulator, steps, tiles, **options)

@@ -1,5 +1,7 @@
 """Codes of weights as terms in bfloat16, in few operations, which run on pairs of elements."""
 
+from collections.abc import Iterable, Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +32,8 @@ def read(rhs: Coded, rows: int, depth: int):
     return lax.bitcast_convert_type(codes, dtype).reshape(codes.shape[0], rows, depth)
 
 
-def terms(codes, fmt: Float | Fixed | Codebook) -> list:
-    """Returns bfloat16 arrays whose sum are the values of codes, one if bfloat16 holds all values of the format."""
+def terms(codes, fmt: Float | Fixed | Codebook) -> Iterable:
+    """Makes bfloat16 arrays whose sum are the values of codes, one if bfloat16 holds all values of the format."""
     match fmt:
         case Fixed(bits=4, signed=False):
             x = codes.astype(jnp.bfloat16)
@@ -57,20 +59,18 @@ def _by_lines(code, fmt: Float):
     return jnp.where(negative, -size[0], size[0])
 
 
-def _looked_up(code, fmt: Float | Fixed | Codebook) -> list:
+def _looked_up(code, fmt: Float | Fixed | Codebook) -> Iterator:
     """Returns the terms of the values of 4-bit codes from 0 on, each bit of which chooses between halves of a table."""
     with jax.ensure_compile_time_eval():
         rest = np.asarray(_operands.decoded(jnp.arange(16, dtype=jnp.uint32), fmt))
-    arrays = []
     odd = [(code >> bit) & 1 != 0 for bit in range(4)]
-    while not arrays or np.nansum(np.abs(rest)):
+    while rest.any():
         term = rest.astype(jnp.bfloat16).astype(np.float32)
         values = [np.float32(v) for v in term]
         for which in odd:
             values = [jnp.where(which, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
-        arrays.append(values[0].astype(jnp.bfloat16))
-        rest = rest - term
-    return arrays
+        yield values[0].astype(jnp.bfloat16)
+        rest = np.where(np.isfinite(rest), rest, 0) - np.where(np.isfinite(rest), term, 0)
 
 
 def _scaled(x, power: int):

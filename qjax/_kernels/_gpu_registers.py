@@ -20,10 +20,10 @@ def made(make: Callable, lhs: Load, rhs: Load, interpreted: bool) -> Products:
 
     def sum_of(tiles, shape, scratch):
         x, y = tiles
-        terms = make(x[...])
+        x = x[...]
 
         def multiply(acc):
-            for term in terms:
+            for term in make(x):
                 if interpreted:
                     scratch[...] = term
                     plgpu.commit_smem()

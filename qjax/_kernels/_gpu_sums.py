@@ -199,7 +199,9 @@ def accumulate(
             # The sum of 0 and -0 is 0, in the reference too.
             state = register.add(started(), carry.part[0], None) if is_late else carry.state
             result = carry.total[0] if plan.holds_total else jnp.float32(0) + register.read(state)
-            out = out_ref.at[block, pl.ds(row * tiles.rows + group * 64, 64), pl.ds(column * tiles.columns, tiles.columns)]
+            out = out_ref.at[
+                block, pl.ds(row * tiles.rows + group * 64, 64), pl.ds(column * tiles.columns, tiles.columns)
+            ]
             for start in range(0, tiles.columns, staged):
                 plgpu.wait_smem_to_gmem(0)
                 staging[group] = result[:, start : start + staged]
