@@ -106,7 +106,9 @@ def cases() -> dict:
         words = jax.ShapeDtypeStruct((2,), np.uint32) if "key" in options else None
         return lhs, rhs, options.get("scales"), words
 
-    return {f"{case.name} {shape}": (functools.partial(function, case), shapes(case, shape)) for case, shape in COMPILED}
+    return {
+        f"{case.name} {shape}": (functools.partial(function, case), shapes(case, shape)) for case, shape in COMPILED
+    }
 
 
 COMPILED = [(case, shape) for case in CASES for shape in case.shapes] + [(CASES[2], (512, 512, 2048))]  # whole tiles
