@@ -50,6 +50,7 @@ bench: $(VENV)/bench.installed
 	$(RUN) benchmarks/watch.py
 	$(RUN) benchmarks/sharded.py
 	$(RUN) benchmarks/memory.py
+	$(RUN) benchmarks/kernels.py
 
 docs: $(VENV)/docs.installed
 	$(RUN) -m mkdocs build --strict --quiet

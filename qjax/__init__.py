@@ -1,6 +1,6 @@
 """qjax: any number format, anywhere in a JAX program, bit for bit."""
 
-from qjax import checkpoints as checkpoints, formats as formats, recipes as recipes
+from qjax import checkpoints as checkpoints, formats as formats, kernels as kernels, recipes as recipes
 from qjax._accumulator import Accumulator
 from qjax._chop import chop
 from qjax._coverage import Coverage
@@ -48,6 +48,7 @@ __all__ = [
     "emulate",
     "encode",
     "formats",
+    "kernels",
     "operations",
     "quantize",
     "quantize_params",

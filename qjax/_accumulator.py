@@ -1,13 +1,14 @@
-"""``Accumulator``: how the products of a dot are summed, in any format; its reference is its implementation."""
+"""``Accumulator``: how the products of a dot are summed, in any format, and the arithmetic of its register."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from qjax import _carrier, _modes, _random, _rounding, _to_odd
+from qjax import _modes, _rounding, _to_odd
 from qjax._chop import RoundingLike, _rounding_named
 from qjax._modes import Rounding
 from qjax.formats import Fixed, Float, Format, format
@@ -117,107 +118,76 @@ class Accumulator:
 _F32 = Float(8, 23)
 
 
-def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, fractions: tuple[int, int] | None = None):
-    """Returns the products of rows, ``(b, m, k) x (b, n, k) -> (b, m, n)``, summed by an accumulator, as float32.
+class Register(NamedTuple):
+    """The arithmetic of an accumulator, on arrays of any shape: the same in a scan and in the body of a kernel.
 
-    Args:
-      lhs, rhs: float32 arrays of elements.
-      key: for a stochastic accumulator.
-      scales: scales of what is promoted, ``(b, m, segments)`` and ``(b, n, segments)``, or None.
-      fractions: the fraction bits of the elements, if both are ``Fixed``.
+    Attributes:
+      sums: the dtype of the sums of chunks.
+      start: makes the state of registers of a shape, a tuple of arrays.
+      add: makes the next state of a state, the sums of a chunk, and random words or None.
+      read: makes the float32 value of a state.
     """
-    depth, chunk = lhs.shape[-1], accumulator.chunk
-    segment = accumulator.promote or max(-(-depth // chunk) * chunk, chunk)
-    if isinstance(accumulator.fmt, Fixed) and not accumulator.watches:
-        chunk = segment  # sums modulo 2^32 do not depend on their order
-    segments = max(-(-depth // segment), 1)
-    padding = [(0, 0), (0, 0), (0, segments * segment - depth)]
 
-    def chunks(x):
-        """Returns x as (segments, chunks of a segment, b, rows, chunk), zeros where it is padded."""
-        x = jnp.pad(x, padding).reshape(*x.shape[:2], segments, segment // chunk, chunk)
-        return jnp.moveaxis(x, (2, 3), (0, 1))
+    sums: type
+    start: Callable
+    add: Callable
+    read: Callable
 
+
+def register_of(accumulator: Accumulator) -> Register:
+    """Returns the register of an accumulator."""
     if isinstance(accumulator.fmt, Fixed):
-        assert fractions is not None
-        lhs, rhs = (jnp.round(x * 2.0**f).astype(jnp.int32) for x, f in zip((lhs, rhs), fractions, strict=True))
-        start, add = _integer_register(accumulator)
-    else:
-        start, add = _float_register(accumulator)
-    shape = (*lhs.shape[:2], rhs.shape[1])
-
-    def add_chunk(register, operands):
-        x, y, place = operands
-        return add(register, x, y, None if key is None else jax.random.fold_in(key, place)), None
-
-    def add_segment(total, operands):
-        x, y, places, scale = operands
-        register, _ = lax.scan(add_chunk, start(shape), (x, y, places))
-        value = register if isinstance(register, jax.Array) else _read(register, accumulator)
-        if scale is not None:
-            value = _carrier.apart(value * scale[0][:, :, None] * scale[1][:, None, :])
-        return total + value, None
-
-    places = jnp.arange(segments * segment // chunk).reshape(segments, -1)
-    scales = scales and tuple(jnp.moveaxis(s, -1, 0) for s in scales)
-    operands = (chunks(lhs), chunks(rhs), places, scales)
-    if segments == 1:
-        return add_segment(jnp.float32(0), jax.tree.map(lambda x: x[0], operands))[0]
-    return lax.scan(add_segment, jnp.zeros(shape, jnp.float32), operands)[0]
+        return _integer_register(accumulator, accumulator.fmt)
+    return _float_register(accumulator, accumulator.fmt)
 
 
-_ROWS = (((2,), (2,)), ((0,), (0,)))
+def random_bits(accumulator: Accumulator) -> int:
+    """Returns how many random bits a stochastic accumulator draws for each sum."""
+    return _modes.max_random_bits(accumulator.rounding, 32)
 
 
-def _float_register(accumulator: Accumulator):
-    fmt = accumulator.fmt
+def _float_register(accumulator: Accumulator, fmt: Float) -> Register:
+    def start(shape):
+        return (jnp.zeros(shape, jnp.float32),)
 
-    def add(register, x, y, key):
-        part = lax.dot_general(x, y, _ROWS, precision=lax.Precision.HIGHEST, preferred_element_type=np.float32)
-        part = _carrier.apart(part)
+    # To the nearest, what is beyond float32 overflows as infinity does.
+    bounded = not accumulator.rounding.value.startswith("nearest")
+
+    def add(state, part, words):
         if fmt == _F32:
-            return register + part
-        words = None
-        if key is not None:
-            bits = _modes.max_random_bits(accumulator.rounding, 32)
-            words = _modes.Random(_random.random_words(key, part.shape, bits, 32), bits)
-        total = _to_odd.add(register, part)
-        return _rounding.round_to(total, fmt, accumulator.rounding, random=words, saturate=accumulator.saturate)
+            return (state[0] + part,)
+        random = None if words is None else _modes.Random(words, random_bits(accumulator))
+        total = _to_odd.add(state[0], part, bounded=bounded)
+        return (_rounding.round_to(total, fmt, accumulator.rounding, random=random, saturate=accumulator.saturate),)
 
-    return (lambda shape: jnp.zeros(shape, jnp.float32)), add
+    return Register(np.float32, start, add, lambda state: state[0])
 
 
-def _integer_register(accumulator: Accumulator):
-    """The register is (integer, whether it overflowed)."""
-    fmt = accumulator.fmt
-    assert isinstance(fmt, Fixed)
+def _integer_register(accumulator: Accumulator, fmt: Fixed) -> Register:
+    """The state is the integer and, if it looks for overflow, whether there was one."""
 
     def start(shape):
-        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+        value = jnp.zeros(shape, jnp.int32)
+        return (value, jnp.zeros(shape, bool)) if accumulator.watches else (value,)
 
-    def add(register, x, y, key):
-        value, overflowed = register
-        part = lax.dot_general(x, y, _ROWS, preferred_element_type=np.int32)
+    def add(state, part, words):
+        value = state[0]
         total = value + part
         if not accumulator.watches:
-            return total, overflowed
+            return (total,)
         # Two summands of one sign whose sum has the other: 32 bits overflowed.
         beyond = ((value ^ total) & (part ^ total)) < 0
         low, high = np.int32(fmt.min_integer), np.int32(fmt.max_integer)
         over = beyond | (total < low) | (total > high)
         clipped = jnp.where(jnp.where(beyond, value, total) < 0, low, high)
-        return jnp.where(over, clipped, total), overflowed | over
+        return jnp.where(over, clipped, total), state[1] | over
 
-    return start, add
+    def read(state):
+        value = state[0]
+        if fmt.overflow == "wrap" and not accumulator.detect and fmt.bits < 32:
+            upper = value << (32 - fmt.bits)
+            value = (upper if fmt.signed else upper.astype(jnp.uint32)) >> (32 - fmt.bits)
+        value = value.astype(jnp.float32) * np.float32(2.0**-fmt.fraction_bits)
+        return jnp.where(state[1], jnp.float32(np.nan), value) if accumulator.detect else value
 
-
-def _read(register, accumulator: Accumulator):
-    """Returns the value of an integer register as float32, NaN where it overflowed if that is to be detected."""
-    fmt = accumulator.fmt
-    assert isinstance(fmt, Fixed)
-    value, overflowed = register
-    if fmt.overflow == "wrap" and not accumulator.detect and fmt.bits < 32:
-        upper = value << (32 - fmt.bits)
-        value = (upper if fmt.signed else upper.astype(jnp.uint32)) >> (32 - fmt.bits)
-    value = value.astype(jnp.float32) * np.float32(2.0**-fmt.fraction_bits)
-    return jnp.where(overflowed, jnp.float32(np.nan), value) if accumulator.detect else value
+    return Register(np.int32, start, add, read)

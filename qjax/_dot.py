@@ -16,9 +16,10 @@ from qjax._encode import QTensor, decode, is_qtensor
 from qjax._jaxpr import is_literal
 from qjax._mesh import has_explicit_axes, in_auto_axes
 from qjax._operand import Operand, restored, stored
-from qjax._product import axes_of, product, rotated, swapped
+from qjax._product import product, rotated, swapped
 from qjax._quantizer import Quantizer
 from qjax._recipe import TENSORS, Gemm, Recipe
+from qjax._rows import axes_of
 from qjax._sites import marked
 from qjax._split import names_of, split_of
 from qjax._stored import Followed
@@ -66,7 +67,7 @@ def dot_general(
     """
     options = dict(dimension_numbers=dimension_numbers, precision=precision)
     options |= dict(preferred_element_type=preferred_element_type, out_sharding=out_sharding)
-    return _linear("dot_general", lax.dot_general, lhs, rhs, options, recipe, key, state)
+    return linear("dot_general", lax.dot_general, lhs, rhs, options, recipe, key, state)
 
 
 def conv_general_dilated(
@@ -105,13 +106,14 @@ def conv_general_dilated(
     options |= dict(dimension_numbers=dimension_numbers, feature_group_count=feature_group_count)
     options |= dict(batch_group_count=batch_group_count, precision=precision)
     options |= dict(preferred_element_type=preferred_element_type)
-    return _linear("conv_general_dilated", lax.conv_general_dilated, lhs, rhs, options, recipe, key, state)
+    return linear("conv_general_dilated", lax.conv_general_dilated, lhs, rhs, options, recipe, key, state)
 
 
 _FLOATS = frozenset(map(np.dtype, (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)))
 
 
-def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | None, key, state):
+def linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | None, key, state, implementation=None):
+    """Returns an operation of lax with its products as a recipe has them, in an implementation, if one is named."""
     if recipe is None:
         recipe = Recipe()
     if not isinstance(recipe, Recipe):
@@ -139,7 +141,7 @@ def _linear(caller: str, operation, lhs, rhs, options: dict, recipe: Recipe | No
                 f"{caller}: {name} is a {x.dtype} NumPy array, which JAX would first round to 32 bits; convert it "
                 "yourself, x.astype(numpy.float32), or set jax_enable_x64."
             )
-    static = Static(operation, settings(options), recipe, (lhs.dtype, rhs.dtype))
+    static = Static(operation, settings(options), recipe, (lhs.dtype, rhs.dtype), implementation)
     traced = any(isinstance(x, Tracer) for x in (lhs, rhs))
     if not traced and not any(map(has_explicit_axes, (lhs, rhs))):
         return _product(static, lhs, rhs, key, state, codes)
@@ -179,6 +181,7 @@ class Static(NamedTuple):
     options: tuple
     recipe: Recipe
     dtypes: tuple
+    implementation: str | None = None
 
     def product(self, lhs, rhs):
         return self.operation(lhs, rhs, **dict(self.options))
@@ -238,7 +241,7 @@ def _quantized_product(static: Static, lhs, rhs, key, state, codes):
     """Returns the product, (what is saved in the place of it, its slope) for each operand, and the next histories."""
     recipe, gemm = static.recipe, static.recipe.forward
     operands: list[Operand] = []
-    given = given_to(key, state, _FORWARD, gemm, codes)
+    given = given_to(key, state, _FORWARD, gemm, codes) | {"implementation": static.implementation}
     out = _evaluate(jax.make_jaxpr(static.product)(lhs, rhs), gemm, lhs, rhs, given, operands)
     kept = []
     for place, (x, save) in enumerate(((lhs, recipe.save_lhs), (rhs, recipe.save_rhs))):

@@ -76,8 +76,11 @@ def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[S
                 results = run(eqn.params["jaxpr"], inputs)
             elif any(isinstance(x, int) for x in inputs):
                 selects = eqn.primitive is lax.select_n_p and isinstance(inputs[0], int)
-                function = _select if selects else eqn.primitive.bind
-                steps.append(Step(function, eqn.params, tuple(inputs)))
+                function, params = _select if selects else eqn.primitive.bind, eqn.params
+                if eqn.primitive is lax.not_p and eqn.invars[0].aval.dtype == bool:
+                    # Mosaic GPU has no complement of booleans.
+                    function, params, inputs = lax.xor_p.bind, {}, [*inputs, np.array(True)]
+                steps.append(Step(function, params, tuple(inputs)))
                 results = [len(dtypes) + len(steps) - 1]
             else:
                 with jax.ensure_compile_time_eval():

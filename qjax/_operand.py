@@ -203,6 +203,12 @@ def narrow_dtype(fmt: Format | None, wide: np.dtype) -> np.dtype:
     return np.dtype(jnp.bfloat16) if found.precision <= 8 else wide
 
 
+def narrow_float(fmt: Format | None) -> np.dtype:
+    """Returns bfloat16 if it holds all values of a format that count, else float32."""
+    found = extent(fmt)
+    return np.dtype(jnp.bfloat16) if found is not None and found.precision <= 8 else np.dtype(np.float32)
+
+
 def _fits_int8(fmt: Format | None, unit: float) -> bool:
     match fmt:
         case Float():

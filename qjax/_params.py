@@ -11,8 +11,8 @@ from jax import Array
 from qjax import _jaxpr
 from qjax._encode import is_qtensor
 from qjax._patterns import check_pattern, first_matches, path_of
-from qjax._product import axes_of_numbers
 from qjax._quantizer import Quantizer
+from qjax._rows import axes_of_numbers
 from qjax._sites import OPERATIONS, marked_site
 from qjax._stored import Axes, Followed, has_direction, stored_weight
 from qjax.formats import Format

@@ -9,32 +9,14 @@ import numpy as np
 from jax import lax
 
 from qjax import _carrier, _operand, _stored
-from qjax._accumulator import Accumulator, accumulate
+from qjax._accumulated import Source, accumulated, check_register
+from qjax._kernels._target import Target
 from qjax._operand import Operand
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm
+from qjax._rows import axes_of
 from qjax._split import run, split_of
 from qjax._stored import Axes
-from qjax.formats import Fixed, Float
-
-
-def axes_of(equation) -> tuple[Axes, Axes]:
-    """Returns the axes of the two operands of a product."""
-    ranks = tuple(v.aval.ndim for v in equation.invars)
-    return axes_of_numbers(equation.primitive.name, equation.params["dimension_numbers"], ranks)
-
-
-def axes_of_numbers(operation: str, numbers, ranks: tuple[int, ...]) -> tuple[Axes, Axes]:
-    """Returns the axes of the two operands of an operation of lax, with its dimension numbers and their ranks."""
-    if operation == "dot_general":
-        contract, batch = numbers
-        free = [
-            tuple(a for a in range(rank) if a not in (*c, *b))
-            for rank, c, b in zip(ranks, contract, batch, strict=True)
-        ]
-        return Axes(contract[0], batch[0], free[0]), Axes(contract[1], batch[1], free[1])
-    lhs, rhs = numbers.lhs_spec, numbers.rhs_spec
-    return Axes((lhs[1],), (), (lhs[0], *lhs[2:])), Axes((*rhs[2:], rhs[1]), (), (rhs[0],), block=rhs[1])
 
 
 def rotated(x, rotation, axes: Axes, key, inverse: bool = False, free: bool = False):
@@ -70,7 +52,7 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
         )
     promote = gemm.accumulator.promote if gemm.accumulator and is_dot else None
     _check_split(equation, gemm, (lhs, rhs), axes)
-    operands = []
+    operands, sources = [], []
     for name, array, where in zip(("lhs", "rhs"), (lhs, rhs), axes, strict=True):
         quantizer, turn = getattr(gemm, name), getattr(gemm, f"rotate_{name}")
         x = rotated(array, gemm.rotate, where, given["rotate"])
@@ -93,14 +75,15 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
             assert quantizer is not None
             operand = Operand(operand.value, fmt=quantizer.fmt, slope=operand.slope)
         operands.append(operand)
+        sources.append(Source(x, quantizer, options.get("stored")))
         if kept is not None:
             kept.append(operand)
     if gemm.accumulator is not None:
-        _check_register("dot_general" if is_dot else "conv_general_dilated", gemm.accumulator, operands)
-        accumulated = _accumulated_dot if is_dot else _accumulated_conv
-        out = accumulated(equation, gemm.accumulator, operands, axes, given["accumulator"])
+        check_register("dot_general" if is_dot else "conv_general_dilated", gemm.accumulator, operands)
+        how = dict(key=given["accumulator"], implementation=given.get("implementation"))
+        out = accumulated(equation, gemm.accumulator, operands, sources, axes, **how)
     else:
-        out = _narrow(equation, axes, operands)
+        out = _narrow(equation, axes, operands, given.get("implementation"))
     for operand, scale_shape in zip(operands, _scale_shapes(equation, axes), strict=True):
         if operand.scale is not None:
             out = _carrier.apart(out * scale_shape(operand.scale))
@@ -142,32 +125,6 @@ def _check_split(equation, gemm: Gemm, arrays: tuple, axes: tuple[Axes, Axes]) -
                 )
 
 
-def _check_register(caller: str, accumulator: Accumulator, operands: list[Operand]) -> None:
-    """Raises if a register cannot hold the sums of the elements."""
-    fmt = accumulator.fmt
-    if any(jnp.finfo(o.elements.dtype).bits > 32 for o in operands):
-        raise TypeError(f"{caller}: an Accumulator works on float32; got float64 operands, convert them.")
-    if isinstance(fmt, Float):
-        return
-    fractions, elements = _fractions(operands), [o.fmt for o in operands]
-    if fractions is None or sum(fractions) != fmt.fraction_bits:
-        raise ValueError(
-            f"{caller}: the register {fmt!r} sums integers of {fmt.fraction_bits} fraction bits; the operands have "
-            f"{' and '.join(map(repr, elements))}. Give both a Fixed format (with scales that are constant along the "
-            "contraction, if any), and the register the sum of their fraction bits."
-        )
-    first, second = (max(e.max_integer, -e.min_integer) for e in elements if isinstance(e, Fixed))
-    if max(first, second) > 2**31 or any(isinstance(e, Fixed) and e.max_integer >= 2**31 for e in elements):
-        raise ValueError(
-            f"{caller}: elements of a Fixed register fit 32 bits; got {' and '.join(map(repr, elements))}."
-        )
-    if accumulator.watches and accumulator.chunk * first * second >= 2**31:
-        raise ValueError(
-            f"{caller}: the sum of {accumulator.chunk} products of {' and '.join(map(repr, elements))} can overflow 32 "
-            f"bits unseen; take a chunk of at most {(2**31 - 1) // (first * second)}, or a register that wraps."
-        )
-
-
 def by_groups(x, axes: Axes, groups: int) -> tuple[jax.Array, Axes]:
     """Returns the lhs of a grouped convolution with the groups as an axis, and its axes: blocks lie within a group."""
     (feature,) = axes.contract
@@ -186,12 +143,16 @@ def _grouped(x, quantizer: Quantizer, axes: Axes, groups: int, options: dict) ->
     return Operand(operand.value.reshape(x.shape), fmt=quantizer.fmt, slope=slope)
 
 
-def _narrow(equation, axes: tuple[Axes, Axes], operands: list[Operand]):
+def _narrow(equation, axes: tuple[Axes, Axes], operands: list[Operand], implementation: str | None):
     """Returns the product of the elements, in a narrow dtype that holds both exactly."""
     lhs, rhs = operands
     dtype, total = _dtype(equation, axes, operands)
+    params = equation.params
+    if implementation == "reference":
+        dtype = total = np.dtype(np.float32)
+        params |= {"precision": lax.Precision.HIGHEST}
     x, y = _operand.held(lhs.elements, lhs.fmt, dtype), _operand.held(rhs.elements, rhs.fmt, dtype)
-    out = equation.primitive.bind(x, y, **equation.params | {"preferred_element_type": total})
+    out = equation.primitive.bind(x, y, **params | {"preferred_element_type": total})
     if dtype == jnp.bfloat16:
         # XLA's CPU backend folds a later transposition into the product, and then has no code for it.
         out = lax.optimization_barrier(out)
@@ -216,7 +177,7 @@ def _dtype(equation, axes: tuple[Axes, Axes], operands: list[Operand]) -> tuple[
         np.dtype(jnp.bfloat16) if o.elements.dtype == jnp.bfloat16 else _operand.narrow_dtype(o.fmt, wide)
         for o in operands
     }
-    is_dot, on_cpu = equation.primitive is lax.dot_general_p, jax.default_backend() == "cpu"
+    is_dot, on_cpu = equation.primitive is lax.dot_general_p, Target.current().platform == "cpu"
     depth = math.prod(equation.invars[0].aval.shape[a] for a in axes[0].contract)
     if narrow == {np.dtype(np.int8)} and is_dot and (2**10 < depth < 2**17 or (depth < 2**17 and not on_cpu)):
         return np.dtype(np.int8), np.dtype(np.int32)
@@ -249,75 +210,3 @@ def _scale_shapes(equation, axes: tuple[Axes, Axes]):
         return scale.reshape(shape)
 
     return (lambda scale: scale.reshape((1,) * ndim)), of_kernel
-
-
-def _fractions(operands: list[Operand]) -> tuple[int, int] | None:
-    first, second = (o.fmt for o in operands)
-    if isinstance(first, Fixed) and isinstance(second, Fixed):
-        return first.fraction_bits, second.fraction_bits
-    return None
-
-
-def _accumulated_dot(equation, accumulator: Accumulator, operands: list[Operand], axes, key):
-    lhs, rhs = (o.elements.astype(np.float32) for o in operands)
-    x, y, output = dot_rows(equation, lhs, rhs)
-    scales = [
-        None if o.segments is None else o.segments.reshape(*rows.shape[:2], -1)
-        for o, rows in zip(operands, (x, y), strict=True)
-    ]
-    if any(s is not None for s in scales):
-        count = next(s.shape[-1] for s in scales if s is not None)
-        scales = [
-            jnp.ones((*rows.shape[:2], count), np.float32) if s is None else s
-            for rows, s in zip((x, y), scales, strict=True)
-        ]
-    given = None if scales[0] is None else tuple(scales)
-    return output(accumulate(x, y, accumulator, key=key, scales=given, fractions=_fractions(operands)))
-
-
-def dot_rows(equation, lhs, rhs):
-    """Returns the operands of a ``dot_general`` as (b, m, k) and (b, n, k), and what brings (b, m, n) to its result."""
-    axes = axes_of(equation)
-    batch = [lhs.shape[a] for a in axes[0].batch]
-    free = [[x.shape[a] for a in w.free] for x, w in zip((lhs, rhs), axes, strict=True)]
-    rows = []
-    for x, w, mine in zip((lhs, rhs), axes, free, strict=True):
-        depth = math.prod(x.shape[a] for a in w.contract)
-        rows.append(_stored.to_rows(x, w).reshape(math.prod(batch), math.prod(mine), depth))
-    return *rows, lambda out: out.reshape(*batch, *free[0], *free[1])
-
-
-def _accumulated_conv(equation, accumulator: Accumulator, operands: list[Operand], axes, key):
-    rows, kernels, output = conv_rows(equation, *(o.elements.astype(np.float32) for o in operands))
-    return output(accumulate(rows, kernels, accumulator, key=key, fractions=_fractions(operands)))
-
-
-def conv_rows(equation, lhs, rhs):
-    """Returns patches (b, m, k) and kernels (b, n, k) of a convolution, and what brings (b, m, n) to its result."""
-    p, numbers = equation.params, equation.params["dimension_numbers"]
-    x, kernel = lax.transpose(lhs, numbers.lhs_spec), lax.transpose(rhs, numbers.rhs_spec)
-    padding = [(0, 0, 0), (0, 0, 0)]
-    padding += [(low, high, d - 1) for (low, high), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
-    x = lax.pad(x, x.dtype.type(0), padding)
-    sizes = kernel.shape[2:]
-    for place, (window, stride, dilation) in enumerate(zip(sizes, p["window_strides"], p["rhs_dilation"], strict=True)):
-        x = _operand.windows(x, 2 + 2 * place, window, stride, dilation)
-    # (batch, features, position, window, position, window ...) to (groups, batch and positions, features and windows).
-    spatial = len(sizes)
-    groups, batch_groups = p["feature_group_count"], p["batch_group_count"]
-    count = groups * batch_groups
-    n, features = x.shape[:2]
-    positions = [x.shape[2 + 2 * i] for i in range(spatial)]
-    x = x.reshape(batch_groups, n // batch_groups, groups, features // groups, *x.shape[2:])
-    place, window = [4 + 2 * i for i in range(spatial)], [5 + 2 * i for i in range(spatial)]
-    depth = math.prod(kernel.shape[1:])
-    rows = lax.transpose(x, (0, 2, 1, *place, 3, *window))
-    rows = rows.reshape(count, n // batch_groups * math.prod(positions), depth)
-    kernels = kernel.reshape(count, kernel.shape[0] // count, depth)
-
-    def output(out):
-        out = out.reshape(count, n // batch_groups, *positions, kernels.shape[1])
-        out = jnp.moveaxis(out, (0, -1), (1, 2)).reshape(n // batch_groups, kernel.shape[0], *positions)
-        return lax.transpose(out, np.argsort(numbers.out_spec).tolist())
-
-    return rows, kernels, output

@@ -98,4 +98,10 @@ def random_words(key, shape: tuple[int, ...], bits: int, width: int, split: Spli
     if width == 64:
         other = counter_bits(words[4:], low, high)
         drawn = drawn.astype(jnp.uint64) << 32 | other.astype(jnp.uint64)
-    return drawn if bits == width else drawn >> (width - bits) << (width - bits)
+    return upper(drawn, bits)
+
+
+def upper(words, bits: int):
+    """Returns words with all but their upper ``bits`` bits zero."""
+    lower = words.dtype.itemsize * 8 - bits
+    return words if lower == 0 else words >> lower << lower

@@ -137,7 +137,8 @@ def is_stored(stored: Followed | None, quantizer: Quantizer, axes: Axes) -> bool
     rows = None if straight else Rows(q.shape, mine.order)
     if quantizer.faults is None and not has_direction(q.fmt):
         return True
-    if quantizer.faults is not None or q.rows != rows or (rows is None and (q.axis - axis) % len(q.shape)):
+    fits = q.rows == rows and (rows is not None or (q.axis - axis) % len(q.shape) == 0)
+    if quantizer.faults is not None or not (fits or q.rows == Rows(q.shape, mine.order)):
         lies = f"along axis {q.axis % len(q.shape)}" if q.rows is None else f"in rows of the axes {q.rows.order}"
         raise ValueError(
             f"quantize: an operand of shape {q.shape} is stored in {q.fmt!r} with blocks {lies}; this product has them "

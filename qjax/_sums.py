@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qjax import _operand, _product
+from qjax import _operand, _rows
 from qjax._jaxpr import folded
 
 Binary = Callable[..., jax.Array]
@@ -65,9 +65,9 @@ def product(equation, lhs, rhs, add: Binary, multiply: Binary, order: str, key):
     dtype = equation.outvars[0].aval.dtype
     lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
     if equation.primitive is lax.dot_general_p:
-        x, y, output = _product.dot_rows(equation, lhs, rhs)
+        x, y, output = _rows.dot_rows(equation, lhs, rhs)
     else:
-        x, y, output = _product.conv_rows(equation, lhs, rhs)
+        x, y, output = _rows.conv_rows(equation, lhs, rhs)
     if x.shape[-1] == 0:
         return output(jnp.zeros((*x.shape[:2], y.shape[1]), dtype))
     keys = [folded(key, i) for i in range(2)]

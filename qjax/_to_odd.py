@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from qjax import _carrier
 
 
-def add(a, b):
-    """Returns a + b rounded to odd."""
+def add(a, b, *, bounded: bool = True):
+    """Returns a + b rounded to odd; if not ``bounded``, infinity where it is beyond the largest float."""
     total = a + b
     part = total - a
     error = (a - (total - part)) + (b - part)
-    return _odd(_bounded(total, jnp.isfinite(a) & jnp.isfinite(b)), error)
+    return _odd(_bounded(total, _is_finite(a) & _is_finite(b)) if bounded else total, error)
 
 
 def subtract(a, b):
@@ -26,7 +26,7 @@ def subtract(a, b):
 
 def multiply(a, b):
     """Returns a b, of operands with half the bits of their dtype at most: exact, but for what is beyond its range."""
-    return _bounded(a * b, jnp.isfinite(a) & jnp.isfinite(b))
+    return _bounded(a * b, _is_finite(a) & _is_finite(b))
 
 
 def divide(a, b):
@@ -38,7 +38,7 @@ def divide(a, b):
     upper, lower = _halves(q, _carrier.carrier(q.dtype))
     error = (x - _carrier.apart(upper * y)) - _carrier.apart(lower * y)
     error = jnp.where((b < 0) ^ (a < 0), -error, error)
-    finite = jnp.isfinite(a) & jnp.isfinite(b) & (b != 0) & (quotient != 0)
+    finite = _is_finite(a) & _is_finite(b) & (b != 0) & (quotient != 0)
     return _odd(_bounded(quotient, finite), jnp.where(finite & (a != 0), error, 0))
 
 
@@ -54,7 +54,7 @@ def square_root(a):
     s = jnp.sqrt(x)
     upper, lower = _halves(s, c)
     error = (x - _carrier.apart(upper * upper)) - _carrier.apart(2 * upper * lower) - _carrier.apart(lower * lower)
-    return _odd(root, jnp.where((a > 0) & jnp.isfinite(a), error, 0))
+    return _odd(root, jnp.where((a > 0) & _is_finite(a), error, 0))
 
 
 def from_integer(n, dtype):
@@ -69,16 +69,22 @@ def from_integer(n, dtype):
 def _odd(value, error):
     """Returns ``value + error``, error being less than half a unit of it, rounded to odd."""
     c = _carrier.carrier(value.dtype)
-    bits = _carrier.to_bits(value, c).astype(c.int)
-    inexact = (error > 0) | (error < 0)
-    away = jnp.where((error > 0) == (bits >= 0), 1, -1)
-    return _carrier.from_bits(jnp.where(inexact & (bits & 1 == 0), bits + away, bits).astype(c.uint), c)
+    bits, error_bits = (_carrier.to_bits(x, c).astype(c.int) for x in (value, error))
+    # One step back where the value lies beyond the exact one; then the last bit is one.
+    beyond = (bits ^ error_bits) >> (c.width - 1)
+    odd = jnp.where(jnp.abs(error) > 0, (bits + beyond) | 1, bits)
+    return _carrier.from_bits(odd.astype(c.uint), c)
+
+
+def _is_finite(x):
+    # Mosaic GPU lowers neither jnp.isfinite nor jnp.copysign.
+    return jnp.abs(x) < jnp.inf
 
 
 def _bounded(value, finite):
     """Returns a result, an infinite one of a finite exact one as the largest number, which is odd."""
     largest = jnp.finfo(value.dtype).max
-    return jnp.where(finite & jnp.isinf(value), jnp.copysign(largest, value), value)
+    return jnp.where(finite & jnp.isinf(value), jnp.where(value < 0, -largest, largest), value)
 
 
 def _significand(x):

@@ -15,6 +15,13 @@ hypothesis.settings.register_profile("qjax", deadline=None, derandomize=True, ma
 hypothesis.settings.load_profile("qjax")
 
 
+def pytest_configure(config):
+    """Tests are of the CPU, but for ``pytest -m gpu``: other platforms may be there for their compilers alone."""
+    if config.option.markexpr != "gpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that tests start
+        jax.config.update("jax_platforms", "cpu")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def empty_caches():
     """JAX remembers some thousand calls of jit in a process; once they are many, ``_cache_size`` of new ones is 0."""

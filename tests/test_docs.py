@@ -72,6 +72,12 @@ def test_every_unit_scaled_operation_is_documented(name):
     assert getattr(qjax.unit_scaling, name).__doc__
 
 
+@pytest.mark.parametrize("name", qjax.kernels.__all__)
+def test_every_kernel_is_documented(name):
+    assert f"\n::: qjax.kernels.{name}\n" in (ROOT / "docs" / "api.md").read_text()
+    assert getattr(qjax.kernels, name).__doc__
+
+
 @pytest.mark.parametrize("name", qjax.checkpoints.__all__)
 def test_every_kind_of_checkpoint_is_documented(name):
     assert f"\n::: qjax.checkpoints.{name}\n" in (ROOT / "docs" / "api.md").read_text()

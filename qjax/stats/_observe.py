@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from qjax import _carrier, _dot, _jaxpr, _product
+from qjax import _carrier, _dot, _jaxpr, _product, _rows
 from qjax._dot import Static, given_to, settings, with_product
 from qjax._operand import prepared
 from qjax._quantizer import Quantizer
@@ -361,7 +361,7 @@ def _operands(static: Static, number: int, gemm: Gemm, given: dict, lhs, rhs, gr
     found: dict[str, tuple[Any, Axes]] = {}
 
     def record(equation, left, right, swap: bool):
-        axes = _product.axes_of(equation)
+        axes = _rows.axes_of(equation)
         groups = equation.params.get("feature_group_count", 1)
         sides = ("rhs", "lhs") if swap else ("lhs", "rhs")
         for side, x, where, split in zip(sides, (left, right), axes, (groups, 1), strict=True):

@@ -1,0 +1,67 @@
+"""The sum of products by an ``Accumulator`` as a scan over chunks: what defines the numbers of every implementation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qjax import _carrier, _random
+from qjax._accumulator import Accumulator, random_bits, register_of
+
+
+def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, products=None):
+    """Returns the products of rows, ``(b, m, k) x (b, n, k) -> (b, m, n)``, summed by an accumulator, as float32.
+
+    Args:
+      lhs, rhs: elements: floats that float32 holds, or for a ``Fixed`` register integers.
+      key: for a stochastic accumulator.
+      scales: scales of what is promoted, ``(b, m, segments)`` and ``(b, n, segments)``, or None.
+      products: the product of two chunks, ``(b, m, c) x (b, n, c) -> (b, m, n)``, in the dtype of the register's sums;
+        by default that of float32 in full precision, or of int32.
+    """
+    register = register_of(accumulator)
+    products = products or (lambda x, y: dot(x.astype(register.sums), y.astype(register.sums)))
+    depth, shape = lhs.shape[-1], (*lhs.shape[:2], rhs.shape[1])
+    chunk, segment, segments = divided(accumulator, depth)
+    padded = [jnp.pad(x, [(0, 0), (0, 0), (0, segments * segment - depth)]) for x in (lhs, rhs)]
+
+    def add_chunk(state, place):
+        part = products(*(lax.dynamic_slice_in_dim(x, place * chunk, chunk, 2) for x in padded))
+        # XLA makes a product of a dot of one term, and contracts that into the sum that follows.
+        part = _carrier.apart(part) if register.sums == np.float32 and chunk == 1 else part
+        words = None
+        if key is not None:
+            words = _random.random_words(jax.random.fold_in(key, place), shape, random_bits(accumulator), 32)
+        return register.add(state, part, words), None
+
+    def add_segment(total, number):
+        places = number * (segment // chunk) + jnp.arange(segment // chunk)
+        value = register.read(lax.scan(add_chunk, register.start(shape), places)[0])
+        if scales is not None:
+            x, y = (lax.dynamic_index_in_dim(s, number, 2, keepdims=False) for s in scales)
+            value = _carrier.apart(value * x[:, :, None] * y[:, None, :])
+        return total + value, None
+
+    if segments == 1:
+        return add_segment(jnp.float32(0), 0)[0]
+    return lax.scan(add_segment, jnp.zeros(shape, jnp.float32), jnp.arange(segments))[0]
+
+
+def divided(accumulator: Accumulator, depth: int) -> tuple[int, int, int]:
+    """Returns how a contraction is divided: the length of chunks, that of segments, and how many segments there are."""
+    chunk = accumulator.chunk
+    segment = accumulator.promote or max(-(-depth // chunk) * chunk, chunk)
+    if register_of(accumulator).sums == np.int32 and not accumulator.watches:
+        chunk = segment  # sums modulo 2^32 do not depend on their order
+    return chunk, segment, max(-(-depth // segment), 1)
+
+
+def dot(x, y):
+    """Returns the products of rows, in float32 in full precision or in int32."""
+    total = np.int32 if jnp.issubdtype(x.dtype, jnp.integer) else np.float32
+    options: dict[str, Any] = dict(precision=lax.Precision.HIGHEST, preferred_element_type=total)
+    if len(x) == 1:  # the CPU multiplies bfloat16 only where there is no batch
+        return lax.dot_general(x[0], y[0], (((1,), (1,)), ((), ())), **options)[None]
+    return lax.dot_general(x, y, (((2,), (2,)), ((0,), (0,))), **options)
