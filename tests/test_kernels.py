@@ -136,9 +136,14 @@ def test_under_vmap_and_scan():
     np.testing.assert_array_equal(bits(stored[1]), bits(matmul(x[1], qjax.encode(w[1], "int4_g16", axis=0))))
 
 
-def lowered_for_tpu(fn, *args, mesh: AbstractMesh | None = None) -> str:
-    with use_abstract_mesh(mesh or AbstractMesh((), (), abstract_device=TPU)):
-        return jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+# What calls a kernel in a lowered program, by platform, and a device that has it.
+HOPPER = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+CALLS = {"tpu": ("tpu_custom_call", TPU), "cuda": ("mosaic_gpu_v2", HOPPER)}
+
+
+def lowered_for(platform: str, fn, *args, mesh: AbstractMesh | None = None) -> str:
+    with use_abstract_mesh(mesh or AbstractMesh((), (), abstract_device=CALLS[platform][1])):
+        return jax.jit(fn).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
 @NEW_ENOUGH
@@ -149,15 +154,16 @@ def test_a_kernel_is_taken_where_it_can_run(how, monkeypatch):
     gemm = Gemm(accumulator=Accumulator("fp16", chunk=64))
     dims = (((1,), (0,)), ((), ()))
     fn = {
-        "accumulator": lambda: lowered_for_tpu(lambda x, w: matmul(x, w, gemm), x, w),
-        "weights": lambda: lowered_for_tpu(matmul, x, k_major(qjax.encode(w, "int4_g128", axis=0))),
-        "plain": lambda: lowered_for_tpu(lambda x, w: matmul(x, w, Gemm(Q("e4m3"), Q("e4m3"))), x, w),
-        "xla": lambda: lowered_for_tpu(lambda x, w: matmul(x, w, gemm, implementation="xla"), x, w),
-        "float64": lambda: lowered_for_tpu(lambda x, w: matmul(x, w, Gemm(accumulator=Accumulator("fp16"))), x, w),
-        "dot_general": lambda: lowered_for_tpu(
-            lambda x, w: qjax.dot_general(x, w, dims, recipe=qjax.Recipe(gemm)), x, w
+        "accumulator": lambda: lowered_for("tpu", lambda x, w: matmul(x, w, gemm), x, w),
+        "weights": lambda: lowered_for("tpu", matmul, x, k_major(qjax.encode(w, "int4_g128", axis=0))),
+        "plain": lambda: lowered_for("tpu", lambda x, w: matmul(x, w, Gemm(Q("e4m3"), Q("e4m3"))), x, w),
+        "xla": lambda: lowered_for("tpu", lambda x, w: matmul(x, w, gemm, implementation="xla"), x, w),
+        "float64": lambda: lowered_for("tpu", lambda x, w: matmul(x, w, Gemm(accumulator=Accumulator("fp16"))), x, w),
+        "dot_general": lambda: lowered_for(
+            "tpu", lambda x, w: qjax.dot_general(x, w, dims, recipe=qjax.Recipe(gemm)), x, w
         ),
-        "conv": lambda: lowered_for_tpu(
+        "conv": lambda: lowered_for(
+            "tpu",
             lambda x, w: qjax.conv_general_dilated(x, w, (1,), "SAME", recipe=qjax.Recipe(gemm)),
             few_bits(0, 2, 32, 16),
             few_bits(1, 8, 32, 3),
@@ -167,15 +173,16 @@ def test_a_kernel_is_taken_where_it_can_run(how, monkeypatch):
 
 
 @NEW_ENOUGH
-def test_on_several_devices_a_kernel_is_taken_within_shard_map():
+@pytest.mark.parametrize("platform", CALLS)
+def test_on_several_devices_a_kernel_is_taken_within_shard_map(platform):
     x, w = few_bits(0, 64, 256), few_bits(1, 256, 16)
     gemm = Gemm(accumulator=Accumulator("fp16", chunk=64))
-    auto = jax.sharding.AxisType.Auto
-    mesh = AbstractMesh((8,), ("rows",), (auto,), abstract_device=TPU)
-    product = lambda x, w: matmul(x, w, gemm)  # noqa: E731
-    assert "tpu_custom_call" not in lowered_for_tpu(product, x, w)
+    call, device = CALLS[platform]
+    mesh = AbstractMesh((8,), ("rows",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+    product = lambda x, w: matmul(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), gemm)  # noqa: E731
+    assert call not in lowered_for(platform, product, x, w)
     split = jax.shard_map(product, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P("rows"))
-    assert "tpu_custom_call" in lowered_for_tpu(split, x, w, mesh=mesh)
+    assert call in lowered_for(platform, split, x, w, mesh=mesh)
 
 
 SHAPES = r"matmul: shapes must be \(\.\.\., k\) and \(k, n\), got \(4, 32\) and \(4, 32\)"

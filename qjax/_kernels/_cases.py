@@ -40,6 +40,13 @@ class Case(NamedTuple):
         parts += [f"chunk{a.chunk}", f"promote{a.promote}" if a.promote else "", "detect" if a.detect else ""]
         return "-".join(part for part in parts if part)
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Shapes (m, n, k) that it is compiled for: of a layer in training, and in decoding where rhs is weights."""
+        if self.weights is None:
+            return (128, 128, 1024), (70, 200, 1000)
+        return (1, 1024, 2048), (16, 1024, 2048), (64, 1000, 2048)
+
     def operands(self, m: int, n: int, k: int, *, batch: int = 1, exact: bool = False, seed: int = 0):
         """Returns (lhs, rhs, {key and scales if there are such}): normal numbers, or such that all sums are exact."""
         random = np.random.default_rng(seed)
