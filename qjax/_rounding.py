@@ -244,11 +244,9 @@ def _goes_to_zero(pattern, power: int, words, c: Carrier):
     That is whether ``floor(d 2^N) <= t`` with t the complement of the random word. No float lies between t and t
     rounded down to a float, which the hardware does once the bit below the last that stays is zero.
     """
-    scaled = from_bits(pattern, c) * c.float(2.0 ** (c.width - power))
+    scaled = jnp.floor(from_bits(pattern, c) * c.float(2.0 ** (c.width - power)))
     complement = ~words
-    most = (complement & ~(complement >> (c.mantissa_bits + 1))).astype(c.float)
-    # Where most + 1 is no float, most is so large that all floats beside it are integers.
-    return (scaled <= most) | (scaled < most + 1)
+    return scaled <= (complement & ~(complement >> (c.mantissa_bits + 1))).astype(c.float)
 
 
 def _fraction_of_power(significand, fields, sticky: bool, c: Carrier):

@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qjax import _carrier, _random
 from qjax._accumulator import Accumulator, random_bits, register_of
 from qjax._kernels._gpu_plan import Plan, Tiles
+from qjax._kernels._rewritten import rewritten
 
 
 class Load(NamedTuple):
@@ -82,6 +83,7 @@ def accumulate(
       scales: None, or ``(b, rows, segments)`` and ``(b, columns, segments)``, where there are several segments.
     """
     register = register_of(accumulator)
+    register = register._replace(add=rewritten(register.add, {lax.floor_p: _floor}))
     batch, rows, columns = counts
     shape = (64, tiles.columns)
     # An only chunk is added to the register once, after the last step.
@@ -245,6 +247,12 @@ def multiplied(multiply: Callable, shape: tuple[int, int], *dtypes):
         return tuple(a[...] for a in accumulators)
 
     return pl.run_scoped(run, *(plgpu.ACC(shape, dtype) for dtype in dtypes))
+
+
+def _floor(x):
+    """Returns the floor of floats, which Mosaic does not have."""
+    whole = x.astype(jnp.int32).astype(x.dtype)
+    return jnp.where(jnp.abs(x) < 2.0**23, jnp.where(whole > x, whole - 1, whole), x)
 
 
 def either(condition, yes: Callable, no: Callable):
