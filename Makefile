@@ -59,7 +59,7 @@ check: $(VENV)/test.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(RUN)
-	$(RUN) -m pytest -q --doctest-modules qjax
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal -q --doctest-modules qjax
 
 clean:
 	rm -rf $(VENV) site build dist

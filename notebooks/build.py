@@ -2,6 +2,7 @@
 
     python notebooks/build.py [NAME ...]           build all, or those whose file name contains a NAME
     python notebooks/build.py [NAME ...] --fast    run them in fast mode and write nothing here
+    python notebooks/build.py [NAME ...] --jobs 2  two at a time
 
 Fast mode sets QJAX_FAST=1, in which a study is smaller and saves its figures to a temporary directory. The exit status
 is 1 if a study fails. A notebook that is built twice is the same file: cells are numbered, and neither times nor what
@@ -9,9 +10,11 @@ progress bars write to stderr are kept.
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jupytext
@@ -47,10 +50,26 @@ def stable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return notebook
 
 
+def build(source: Path, fast: bool) -> bool:
+    """Executes a source, writes the notebook unless in fast mode, and returns whether it failed."""
+    start, failed = time.perf_counter(), False
+    try:
+        notebook = stable(executed(source))
+    except CellExecutionError as error:
+        failed = True
+        print(error, file=sys.stderr)
+    else:
+        if not fast:
+            nbformat.write(notebook, source.with_suffix(".ipynb"))
+    print(f"{source.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
 
     names = arguments.names or [""]
@@ -60,19 +79,9 @@ def main() -> int:
     os.environ["QJAX_FAST"] = "1" if arguments.fast else "0"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
 
-    failed = 0
-    for source in sources:
-        start = time.perf_counter()
-        try:
-            notebook = stable(executed(source))
-        except CellExecutionError as error:
-            failed = 1
-            print(error, file=sys.stderr)
-        else:
-            if not arguments.fast:
-                nbformat.write(notebook, source.with_suffix(".ipynb"))
-        print(f"{source.name}: {time.perf_counter() - start:.0f} s", flush=True)
-    return failed
+    # Each has a kernel, a process of its own, that the threads wait for.
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        return int(any(list(pool.map(functools.partial(build, fast=arguments.fast), sources))))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Strict settings for every test: promotions are errors, 8 CPU devices, reproducible examples."""
 
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -10,6 +11,9 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes millions of objects that live on: looking through them so often is a twentieth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 hypothesis.settings.register_profile("qjax", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("qjax")

@@ -73,7 +73,8 @@ def magnitude(fmt: qjax.Float, place: int) -> Fraction:
         hidden = place > 0 or fmt.mantissa_bits == 0
     else:
         hidden, field = field > 0, max(field, 1)
-    return (fraction + hidden * 2**fmt.mantissa_bits) * Fraction(2) ** (field - fmt.bias - fmt.mantissa_bits)
+    significand, exponent = fraction + hidden * 2**fmt.mantissa_bits, field - fmt.bias - fmt.mantissa_bits
+    return Fraction(significand << max(exponent, 0), 1 << max(-exponent, 0))
 
 
 def _float(value: Fraction) -> float:
@@ -98,18 +99,36 @@ def toward_zero(value: Fraction, held) -> float:
     return math.copysign(float(Fraction(abs(value.numerator) >> drop << drop, value.denominator)), value)
 
 
+@functools.lru_cache(maxsize=2)
+def magnitudes(fmt: qjax.Float) -> np.ndarray:
+    """Returns the magnitudes as float64, and the first one after the last."""
+    return np.array([_float(magnitude(fmt, place)) for place in range(count(fmt) + 1)])
+
+
 @functools.lru_cache(maxsize=8)
 @np.errstate(over="ignore")
 def _table(fmt: qjax.Float, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Returns (values, codes) of the magnitudes that a dtype holds, and of the first one that is too large."""
-    values = np.array([_float(magnitude(fmt, place)) for place in range(count(fmt) + 1)])
+    values = magnitudes(fmt)
     held = values.astype(dtype).astype(np.float64) == values
     held[np.flatnonzero(held[:-1])[-1] + 1] = True
     return values[held], np.array([code_at(fmt, place) for place in np.flatnonzero(held).tolist()])
 
 
+@functools.lru_cache(maxsize=2)  # for all modes of the same numbers
+def _distances(fmt: qjax.Float, size: bytes, dtype: np.dtype, exact: bool):
+    """Returns (odd, low, high, d): the last magnitude up to each size, or zero, and the next.
+
+    Whether the code of the former is odd, and the distance from it, in [0, 1) of their spacing.
+    """
+    sizes = np.frombuffer(size)
+    if exact:
+        sizes = np.array([Fraction(s) for s in sizes.tolist()], object)
+    odd, low, high = _neighbours(fmt, sizes, dtype, exact)
+    return odd, low, high, (sizes - low) / (high - low)
+
+
 def _neighbours(fmt: qjax.Float, size: np.ndarray, dtype: np.dtype, exact: bool):
-    """Returns (odd, low, high): the last magnitude up to each size, or zero, whether its code is odd, and the next."""
     if exact:
         every = range(count(fmt) + 1)
         places = [bisect.bisect_right(every, s, key=lambda i: magnitude(fmt, i)) - 1 for s in size]
@@ -135,11 +154,7 @@ def round_float(x, fmt: qjax.Float, rounding: R, held, *, saturate=False, draw=0
     exact = exact or is_wide(fmt)
     shape, x = np.shape(x), np.ravel(x).astype(np.float64)
     negative, finite, nan = np.signbit(x), np.isfinite(x), np.isnan(x)
-    size = np.abs(np.where(finite, x, 0.0))
-    if exact:
-        size = np.array([Fraction(s) for s in size], object)
-    odd, low, high = _neighbours(fmt, size, held.dtype, exact)
-    d = (size - low) / (high - low)
+    odd, low, high, d = _distances(fmt, np.abs(np.where(finite, x, 0.0)).tobytes(), held.dtype, exact)
     up = np.asarray(goes_up(rounding, d, odd, negative, draw, bits), bool)
     size = np.where(up, high, low)
 

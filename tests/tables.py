@@ -65,6 +65,18 @@ def every(dtype: str) -> np.ndarray:
     return np.concatenate([upper, upper + 1, upper - 1] if width > 16 else [upper]).view(dtype)
 
 
+@functools.lru_cache(maxsize=2)
+def _points(fmt: qjax.Float) -> np.ndarray:
+    """Returns as float64 values of a format, the points halfway between them, and the first too large, all or some."""
+    total = count(fmt)
+    places = (
+        range(total + 1) if total <= 2**16 else {*np.linspace(0, total, 3000).astype(int).tolist(), 0, 1, 2, total - 1}
+    )
+    pairs = [(magnitude(fmt, i), magnitude(fmt, i + 1)) for i in places]
+    sizes = [low for low, _ in pairs] + [(low + high) / 2 for low, high in pairs]
+    return np.array([float(s) for s in sizes if s < 2**1024 - 2**970])
+
+
 @functools.lru_cache(maxsize=4)
 @np.errstate(over="ignore", invalid="ignore")
 def critical(fmt: qjax.Float, dtype: str) -> np.ndarray:
@@ -72,13 +84,7 @@ def critical(fmt: qjax.Float, dtype: str) -> np.ndarray:
 
     All of them up to 16 bits, some of each binade beyond.
     """
-    total = count(fmt)
-    places = (
-        range(total + 1) if total <= 2**16 else {*np.linspace(0, total, 3000).astype(int).tolist(), 0, 1, 2, total - 1}
-    )
-    sizes = [magnitude(fmt, i) for i in places]
-    sizes += [(magnitude(fmt, i) + magnitude(fmt, i + 1)) / 2 for i in places]
-    rounded = np.array([float(s) for s in sizes if s < 2**1024 - 2**970]).astype(np.dtype(dtype))
+    rounded = _points(fmt).astype(np.dtype(dtype))
     return with_neighbours(rounded[rounded < np.inf])
 
 

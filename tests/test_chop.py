@@ -15,10 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in (cast|ldexp):R
 deterministic = pytest.mark.parametrize("rounding", oracle.DETERMINISTIC, ids=lambda r: r.value)
 
 
-@deterministic
-@pytest.mark.parametrize("name", FLOATS)
+@deterministic  # the innermost loop, and formats the outermost: the oracle remembers what they share
 @pytest.mark.parametrize("dtype", CARRIERS)
-def test_floats(dtype, name, rounding):
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats(name, dtype, rounding):
     fmt = qjax.format(name)
     wide = oracle.is_wide(fmt)
     x = np.concatenate([every(dtype)[:: 97 if wide else 1], critical(fmt, dtype)[:: 17 if wide else 1]])

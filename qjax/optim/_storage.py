@@ -70,25 +70,30 @@ class Expanded:
         """Returns the storage of x."""
         if x.dtype != jnp.float32:
             raise TypeError(f"Expanded: arrays must be float32, got {x.dtype}; hold it by a Quantizer, or convert it.")
-        blocks = _blocks(self.block, x.shape)
-        c = _carrier.carrier(x.dtype)
-        size = _carrier.flush(jnp.abs(x))
-        bits = _carrier.to_bits(size, c)
-        top, gap = blocks.maximum(bits), blocks.maximum(jnp.where(bits == 0, 0, c.uint(c.inf) - bits))
-        largest = _carrier.from_bits(top, c)
-        logarithm = log2(jnp.where(top == 0, 1, largest))
-        span = jnp.maximum(logarithm - log2(_carrier.from_bits(c.uint(c.inf) - gap, c)), 1)
-        steps = jnp.clip(jnp.floor(16 * math.log2(self.fmt.max**2 / 2) / span), 1, 255).astype(c.int)
-        top, steps, logarithm = once(top.astype(c.int), steps, _carrier.to_bits(logarithm, c).astype(c.int))
-        logarithm = _carrier.from_bits(logarithm.astype(c.uint), c)
-        power = exp2(blocks.spread(steps.astype(c.float) / 16) * (log2(size) - blocks.spread(logarithm)))
-        q = jnp.copysign(jnp.where(bits == 0, 0, power * self.fmt.max), x)
-        largest = jnp.where(top < c.inf, largest, jnp.nan)
-        return ExpandedTensor(encode(q, self.fmt), largest, steps.astype(jnp.uint8), self.block)
+        return _expanded(self, x)
 
     def __call__(self, x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
         """Returns what is left of x once stored."""
         return self.encode(x).decode()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _expanded(expanded: Expanded, x) -> "ExpandedTensor":
+    blocks = _blocks(expanded.block, x.shape)
+    c = _carrier.carrier(x.dtype)
+    size = _carrier.flush(jnp.abs(x))
+    bits = _carrier.to_bits(size, c)
+    top, gap = blocks.maximum(bits), blocks.maximum(jnp.where(bits == 0, 0, c.uint(c.inf) - bits))
+    largest = _carrier.from_bits(top, c)
+    logarithm = log2(jnp.where(top == 0, 1, largest))
+    span = jnp.maximum(logarithm - log2(_carrier.from_bits(c.uint(c.inf) - gap, c)), 1)
+    steps = jnp.clip(jnp.floor(16 * math.log2(expanded.fmt.max**2 / 2) / span), 1, 255).astype(c.int)
+    top, steps, logarithm = once(top.astype(c.int), steps, _carrier.to_bits(logarithm, c).astype(c.int))
+    logarithm = _carrier.from_bits(logarithm.astype(c.uint), c)
+    power = exp2(blocks.spread(steps.astype(c.float) / 16) * (log2(size) - blocks.spread(logarithm)))
+    q = jnp.copysign(jnp.where(bits == 0, 0, power * expanded.fmt.max), x)
+    largest = jnp.where(top < c.inf, largest, jnp.nan)
+    return ExpandedTensor(encode(q, expanded.fmt), largest, steps.astype(jnp.uint8), expanded.block)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "largest", "steps"], meta_fields=["block"])
@@ -103,10 +108,15 @@ class ExpandedTensor:
 
     def decode(self) -> Array:
         """Returns the array."""
-        codes, blocks = self.values.unpacked().astype(jnp.int32), _blocks(self.block, self.values.shape)
-        rows, count = _roots(self.values.fmt), 2**self.values.fmt.bits
-        row = blocks.spread(self.steps.astype(jnp.int32) * count)
-        return jnp.asarray(rows.ravel())[row | codes] * blocks.spread(self.largest)
+        return _contracted(self)
+
+
+@jax.jit
+def _contracted(x: ExpandedTensor) -> Array:
+    codes, blocks = x.values.unpacked().astype(jnp.int32), _blocks(x.block, x.values.shape)
+    rows, count = _roots(x.values.fmt), 2**x.values.fmt.bits
+    row = blocks.spread(x.steps.astype(jnp.int32) * count)
+    return jnp.asarray(rows.ravel())[row | codes] * blocks.spread(x.largest)
 
 
 @functools.lru_cache
