@@ -181,11 +181,13 @@ def accumulate(
 
         def drawn(words):
             """Returns a random word for each sum."""
-            corner = b * strides[0] + (row * tiles.rows + group * 64) * strides[1] + column * tiles.columns * strides[2]
-            counters = corner.astype(jnp.uint32)
+            by = [np.uint32(stride % 2**32) for stride in strides]
+            first_row, first_column = row * tiles.rows + group * 64, column * tiles.columns
+            corner = (b, first_row, first_column)
+            counters = sum(at.astype(jnp.uint32) * stride for at, stride in zip(corner, by, strict=True))
             for axis in range(2):
                 along = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-                counters = counters + along.astype(jnp.uint32) * np.uint32(strides[axis + 1])
+                counters = counters + along.astype(jnp.uint32) * by[axis + 1]
             return _random.upper(_random.counter_bits(words, counters), random_bits(accumulator))
 
         def zeros(are_held: bool, dtype):
