@@ -177,7 +177,6 @@ def test_a_kernel_is_taken_where_it_can_run(how, monkeypatch):
 def test_on_several_devices_a_kernel_is_taken_within_shard_map(platform):
     x, w = few_bits(0, 64, 256), few_bits(1, 256, 16)
     gemm = Gemm(accumulator=Accumulator("fp16", chunk=64))
-    auto = jax.sharding.AxisType.Auto
     call, device = CALLS[platform]
     mesh = AbstractMesh((8,), ("rows",), (jax.sharding.AxisType.Auto,), abstract_device=device)
     product = lambda x, w: matmul(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), gemm)  # noqa: E731

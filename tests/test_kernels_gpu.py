@@ -108,13 +108,11 @@ def test_any_tiles_give_the_same_bits():
 
 
 def test_floats_beside_codes_are_rounded_too():
-    lhs, rhs, options = Case("", "bfloat16", Accumulator("fp32", chunk=128, promote=128), weights="int4").operands(
-        4, 64, 128, exact=True
-    )
+    case = Case("", "bfloat16", Accumulator("fp32", chunk=128), weights="int4")
+    lhs, rhs, _ = case.operands(4, 64, 128, exact=True)
     lhs = Unrounded(lhs.astype(jnp.float32) * 1.1, Quantizer("e4m3"))
-    accumulator = Accumulator("fp32", chunk=128)
-    ours = _gpu.accumulate(lhs, rhs, accumulator, interpret=INTERPRET)
-    np.testing.assert_array_equal(ours, _reference.accumulate(*carried(lhs, rhs), accumulator))
+    ours = _gpu.accumulate(lhs, rhs, case.accumulator, interpret=INTERPRET)
+    np.testing.assert_array_equal(ours, _reference.accumulate(*carried(lhs, rhs), case.accumulator))
 
 
 def test_empty_operands():

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,12 +14,14 @@ from qjax._kernels._gpu_sums import Load, Products
 from qjax._kernels._operands import Coded, Unrounded
 from qjax._kernels._target import Target
 from qjax._kernels._tiles import tiles_for
+from qjax.formats import Codebook
 
 # Those of the tensor cores in which products are exact in bfloat16 too.
 _EIGHT_BITS = (np.dtype(np.int8), np.dtype(jnp.float8_e4m3fn), np.dtype(jnp.float8_e5m2))
 _CARRIERS = (np.dtype(jnp.bfloat16), np.dtype(np.float16), np.dtype(np.int16), *_EIGHT_BITS)
 
 
+@functools.partial(jax.jit, static_argnames=("accumulator", "tiles", "interpret"))
 def accumulate(
     lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, tiles: Tiles | None = None, interpret=None
 ):
@@ -47,22 +50,35 @@ def accumulate(
     tiles = Tiles(*found) if found else tiles
     # The operand that is made in registers is the first of the tensor cores, whose tiles have 64 rows: the weights.
     is_turned = isinstance(rhs, Coded)
-    steps = plan(accumulator, depth, bits, tiles.bytes if tiles else WEIGHTS if is_turned else DENSE)
+    # A codebook's terms take more registers.
+    most = WEIGHTS if is_turned and not isinstance(rhs.fmt, Codebook) else DENSE
+    steps = plan(accumulator, depth, bits, tiles.bytes if tiles else most)
     rows, columns = (n, m) if is_turned else (m, n)
-    weights = rhs.fmt.bits if is_turned else None
-    tiles = tiles or fitting(steps, accumulator, (b, rows, columns), halves=dtype == np.int16, weights=weights)
+    if tiles is None:
+        is_made = is_turned or isinstance(lhs, Unrounded)
+        more = 2 if dtype == np.int16 or (is_turned and isinstance(rhs.fmt, Codebook)) else int(is_made)
+        weights = rhs.fmt if is_turned else None
+        tiles = fitting(steps, accumulator, (b, rows, columns), more=more, weights=weights)
     steps = steps.split(tiles.splits)
     rows, columns = _up(rows, tiles.rows), _up(columns, tiles.columns)
     products = _products(lhs, rhs, rows, columns, steps, register_of(accumulator).sums, interpret is not None)
-    inner = scales if steps.holds_total else None
-    if inner is not None:
-        inner = reversed(inner) if is_turned else inner
-        inner = tuple(
-            _padded(s, count, steps.segments * steps.splits) for s, count in zip(inner, (rows, columns), strict=True)
-        )
+    inner = None
+    if scales is not None and steps.holds_total:
+        of_rows, of_columns = scales[::-1] if is_turned else scales
+        count = steps.segments * steps.splits
+        inner = _padded(of_rows, rows, count), _padded(of_columns, columns, count)
     strides = (m * n, 1, n) if is_turned else (m * n, n, 1)
-    options = dict(counts=(b, rows, columns), strides=strides, key=key, scales=inner, interpret=interpret)
-    result = _gpu_sums.accumulate(products, accumulator, steps, tiles, **options)
+    result = _gpu_sums.accumulate(
+        products,
+        accumulator,
+        steps,
+        tiles,
+        counts=(b, rows, columns),
+        strides=strides,
+        key=key,
+        scales=inner,
+        interpret=interpret,
+    )
     result = jnp.swapaxes(result[:, :n, :m], 1, 2) if is_turned else result[:, :m, :n]
     if scales is None or inner is not None:
         return result

@@ -13,7 +13,7 @@ from qjax.formats import Codebook, Fixed, Float
 
 
 def dtype_of(fmt: Float | Fixed | Codebook) -> np.dtype | None:
-    """Returns the dtype of the tensor cores' conversions that codes of a format are read as, or None if there is none."""
+    """Returns the dtype that codes of a format are read as, of those that the GPU converts, or None."""
     if fmt.bits == 4:
         return np.dtype(jnp.int4)
     if fmt.bits == 8 and fmt.dtype in (np.int8, jnp.float8_e4m3fn, jnp.float8_e5m2):

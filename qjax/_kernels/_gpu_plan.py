@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from qjax._accumulator import Accumulator
 from qjax._kernels import _reference
+from qjax.formats import Format
 
 
 class Tiles(NamedTuple):
@@ -113,7 +114,7 @@ def _up(n: int, multiple: int) -> int:
 
 
 def fitting(
-    plan: Plan, accumulator: Accumulator, result: tuple[int, int, int], *, halves: bool, weights: int | None
+    plan: Plan, accumulator: Accumulator, result: tuple[int, int, int], *, more: int = 0, weights: Format | None = None
 ) -> Tiles:
     """Returns the tiles that fit a multiprocessor's registers and shared memory.
 
@@ -121,21 +122,22 @@ def fitting(
 
     Args:
       result: b, rows and columns of the result.
-      halves: whether int16 operands are multiplied by halves.
-      weights: the bits of the codes of weights, if those are the rows, that few columns are multiplied by.
+      more: how many arrays more than one it takes to sum the products of a step.
+      weights: the format of the codes of weights, if those are the rows, that few columns are multiplied by.
     """
-    if weights is not None:
-        b, rows, columns = result
-        width = next((n for n in (8, 16, 32) if columns <= n), 64)
-        blocks = b * -(-rows // 128) * -(-columns // width)
-        stages = min(190_000 * 8 // (plan.depth * (128 * weights + 16 * width)), 12)
-        return Tiles(2, width, WEIGHTS, stages, max(MULTIPROCESSORS // blocks, 1))
+    b, rows, columns = result
     state = plan.length > 1 if plan.holds_total else plan.chunks > 1
-    arrays = 1 + 2 * halves + plan.holds_parts + state + plan.holds_total
-    return Tiles(2, 64 if arrays > 3 or accumulator.is_stochastic else 128, DENSE, 3 if halves else 4)
+    arrays = 1 + more + plan.holds_parts + state + plan.holds_total
+    width = 64 if arrays > 3 or accumulator.is_stochastic else 128
+    if weights is None:
+        return Tiles(2, width, DENSE, 3 if more > 1 else 4)
+    width = next((n for n in (8, 16, 32, 64) if columns <= n), width)
+    stages = int(min(190_000 * 8 // (plan.depth * (128 * weights.bits + 16 * width)), 12))
+    blocks = b * -(-rows // 128) * -(-columns // width)
+    return Tiles(2, width, 2 * plan.depth, stages, max(MULTIPROCESSORS // blocks, 1))
 
 
-# Bytes of a row of the tensor cores' operands in a step.
+# Bytes of a row of the tensor cores' operands in a step: in general, and where they are made of codes.
 DENSE, WEIGHTS = 128, 256
 # Those of an H100, each of which has one block at a time.
 MULTIPROCESSORS = 132

@@ -212,7 +212,7 @@ def accumulate(
         plgpu.emit_pipeline_warp_specialized(
             step_of,
             grid=(plan.steps,),
-            memory_registers=40 if len(arrays) <= 3 else 56,
+            memory_registers=64,
             wg_axis="group",
             num_compute_wgs=tiles.groups,
             max_concurrent_steps=tiles.stages,
