@@ -17,10 +17,14 @@ X = jnp.asarray(RANDOM.normal(size=(N, 5, 100)), jnp.float32)
 FORMATS = ["bf16", "e4m3", "mxfp4", "nvfp4", "int8_tensor", "e3m2finite_g16", "nf4_g64"]
 
 
-def mapped(fn, *args):
-    """Returns what fn gives on each device, in a row; the arguments have an axis of devices first."""
+def on_devices(fn):
+    """Returns what fn is on each device: the arguments and results have an axis of devices first."""
     one = lambda *xs: jax.tree.map(lambda y: y[None], fn(*jax.tree.map(lambda x: x[0], xs)))  # noqa: E731
-    return jax.jit(jax.shard_map(one, mesh=MESH, in_specs=jax.P("d"), out_specs=jax.P("d")))(*args)
+    return jax.jit(jax.shard_map(one, mesh=MESH, in_specs=jax.P("d"), out_specs=jax.P("d")))
+
+
+def mapped(fn, *args):
+    return on_devices(fn)(*args)
 
 
 def pieces(x, n=N):
@@ -71,7 +75,7 @@ def test_psum_of_trees_and_other_dtypes():
 
 def test_sums_are_known_to_be_the_same_on_all_devices():
     fn = functools.partial(collectives.psum, axis_name="d", fmt="mxfp4")
-    found = jax.shard_map(fn, mesh=MESH, in_specs=jax.P("d"), out_specs=jax.P())(X)
+    found = jax.jit(jax.shard_map(fn, mesh=MESH, in_specs=jax.P("d"), out_specs=jax.P()))(X)
     np.testing.assert_array_equal(found[0], direct(list(X), "mxfp4"))
 
 
@@ -136,10 +140,10 @@ def test_feedback_makes_up_for_what_was_left_out():
     """The sums of T steps differ from the exact ones by the errors still kept, and not by T errors."""
     steps, zeros = 20, collectives.init_feedback(X[0], N)
     state = jax.tree.map(lambda y: jnp.broadcast_to(y, (N, *y.shape)), zeros)
-    step = lambda x, state: collectives.psum(x, "d", "e2m1", saturate=True, feedback=state)  # noqa: E731
+    step = on_devices(lambda x, state: collectives.psum(x, "d", "e2m1", saturate=True, feedback=state))
     total = 0
     for _ in range(steps):
-        sums, state = mapped(step, X / 4, state)
+        sums, state = step(X / 4, state)
         total = total + np.asarray(sums[0], np.float64)
     exact = np.asarray(X, np.float64).sum(0) / 4
     left = np.asarray(state.terms, np.float64).sum(0)

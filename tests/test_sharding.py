@@ -192,7 +192,7 @@ def test_named_axis_is_that_of_the_whole():
     x = DATA[0]
     rows = functools.partial(qjax.chop, fmt="e4m3_tensor", spec=P("data"))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    sharded = jax.shard_map(rows, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    sharded = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
     assert same(sharded(x), qjax.chop(x, "e4m3_tensor"))
     assert same(jax.vmap(rows, axis_name="data")(x), qjax.chop(x, "e4m3_tensor"))
     assert not same(jax.vmap(functools.partial(qjax.chop, fmt="e4m3_tensor"))(x), qjax.chop(x, "e4m3_tensor"))
@@ -212,7 +212,8 @@ def test_words_from_outside_do_not_depend_on_the_mesh(fmt):
     for sizes in ((8, 1), (2, 4), (1, 8)):
         mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
         both = P("data", "model")
-        assert same(jax.shard_map(local, mesh=mesh, in_specs=(both, both), out_specs=both)(DATA[0], words), wanted)
+        split = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(both, both), out_specs=both))
+        assert same(split(DATA[0], words), wanted)
 
 
 @pytest.mark.parametrize("fmt", ["e2m1", "mxfp4", "e4m3_tensor", "int8_channel", "nvfp4", "e4m3_2x16"])
@@ -330,7 +331,7 @@ def test_delayed_scales_are_those_of_all_devices():
         return jax.grad(product, argnums=2)(x, w, state)
 
     local = jax.shard_map(following, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P(), check_vma=False)
-    state = local(DATA[0], PARAMS["in"], recipe.init())
+    state = jax.jit(local)(DATA[0], PARAMS["in"], recipe.init())
     assert same(state["lhs"][0], jnp.max(jnp.abs(DATA[0])))
 
 

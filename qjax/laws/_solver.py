@@ -1,11 +1,13 @@
 """Least squares and Huber's loss from many starts at once: Levenberg and Marquardt with iterated weights."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -93,5 +95,10 @@ def minimize_many(problem, starts, data, log_loss, weights, delta, *, max_steps:
         start, weights = arguments
         return minimize(lambda z: problem.log_prediction(z, data) - log_loss, start, weights, delta, max_steps)
 
-    weights = jnp.broadcast_to(weights, (len(starts), len(log_loss)))
-    return jax.lax.map(one, (starts, weights), batch_size=min(lanes, len(starts)))
+    # Groups of one size, the last filled up: a rest of another size would be a program of its own.
+    count = len(starts)
+    size = math.ceil(count / math.ceil(count / lanes))
+    places = np.minimum(np.arange(math.ceil(count / size) * size), count - 1)
+    weights = jnp.broadcast_to(weights, (count, len(log_loss)))
+    found = jax.lax.map(one, (starts[places], weights[places]), batch_size=size)
+    return jax.tree.map(lambda x: x[:count], found)

@@ -112,7 +112,7 @@ def _by_entropy(sizes: np.ndarray, largest: float, fmt: Scaled) -> float:
         kept = round(clip / largest * BINS)
         p = counts[:kept].astype(np.float64)
         p[-1] += counts[kept:].sum()
-        _, level = np.unique(_rounded(middles[:kept], clip, fmt), return_inverse=True)
+        _, level = np.unique(_rounded(middles, clip, fmt)[:kept], return_inverse=True)  # of one shape: one program
         there = counts[:kept] > 0  # a bin without elements of its own gets no weight
         weight, members = np.bincount(level, counts[:kept]), np.bincount(level, there)
         q = np.where(there, weight[level] / np.maximum(members[level], 1), 0)
