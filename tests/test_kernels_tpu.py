@@ -48,6 +48,13 @@ def test_registers_overflow_in_the_cases():
         assert (np.abs(exact) > case.accumulator.fmt.max_integer).any()
 
 
+def test_empty_operands():
+    register, none = Accumulator("fp16", chunk=16), jnp.zeros((1, 3, 0), jnp.bfloat16)
+    assert _tpu.accumulate(jnp.zeros((1, 0, 64), jnp.bfloat16), jnp.zeros((1, 3, 64), jnp.bfloat16), register).size == 0
+    out = _tpu.accumulate(none, none, register, interpret=INTERPRET)
+    np.testing.assert_array_equal(bits(out), bits(jnp.zeros((1, 3, 3), jnp.float32)))
+
+
 FLOATS = [c for c in CASES if isinstance(c.accumulator.fmt, Float) and c.letter in "ae" and "64" in c.name]
 
 

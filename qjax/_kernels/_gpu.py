@@ -13,7 +13,7 @@ from qjax._kernels._gpu_plan import DENSE, WEIGHTS, Plan, Tiles, fitting, plan, 
 from qjax._kernels._gpu_sums import Load, Products
 from qjax._kernels._operands import Coded, Unrounded
 from qjax._kernels._target import Target
-from qjax._kernels._tiles import tiles_for
+from qjax._kernels._tiles import tiles_for, whole
 from qjax.formats import Codebook
 
 # Those of the tensor cores in which products are exact in bfloat16 too.
@@ -60,7 +60,7 @@ def accumulate(
         weights = rhs.fmt if is_turned else None
         tiles = fitting(steps, accumulator, (b, rows, columns), more=more, weights=weights)
     steps = steps.split(tiles.splits)
-    rows, columns = _up(rows, tiles.rows), _up(columns, tiles.columns)
+    rows, columns = whole(rows, tiles.rows), whole(columns, tiles.columns)
     products = _products(lhs, rhs, rows, columns, steps, register_of(accumulator).sums, interpret is not None)
     inner = None
     if scales is not None and steps.holds_total:
@@ -174,7 +174,3 @@ def _in_carriers(lhs, rhs, accumulator: Accumulator):
 def _padded(x, rows: int, depth: int):
     """Returns x with zeros up to ``(b, rows, depth)``."""
     return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, depth - x.shape[2])))
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

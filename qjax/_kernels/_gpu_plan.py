@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from qjax._accumulator import Accumulator
 from qjax._kernels import _reference
+from qjax._kernels._tiles import whole
 from qjax.formats import Format
 
 
@@ -104,13 +105,9 @@ def plan(accumulator: Accumulator, depth: int, bits: int, most: int) -> Plan:
     most = most * 8 // bits
     if chunk == segment and segments == 1:
         # The only chunk, which zeros make longer.
-        chunk = segment = _up(chunk, most if chunk > most else unit(bits))
+        chunk = segment = whole(chunk, most if chunk > most else unit(bits))
     of_step = next(n for n in range(min(most, chunk), 0, -unit(bits)) if chunk % n == 0)
     return Plan(of_step, max(-(-depth // of_step), 1), chunk // of_step, segment // chunk)
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def fitting(

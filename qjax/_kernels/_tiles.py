@@ -43,3 +43,8 @@ def tiles_for(lhs, rhs, accumulator: Accumulator) -> tuple[int, ...] | None:
         if row["device"] in device and row["kind"] in (None, kind) and (most is None or rows <= most):
             return tuple(row["tiles"])
     return None
+
+
+def whole(size: int, tile: int) -> int:
+    """Returns a size that is not 0, up to whole tiles."""
+    return -(-size // tile) * tile

@@ -16,7 +16,7 @@ from qjax._elementwise import varying
 from qjax._kernels import _int16
 from qjax._kernels._operands import Coded, Unrounded
 from qjax._kernels._rewritten import rewritten
-from qjax._kernels._tiles import tiles_for
+from qjax._kernels._tiles import tiles_for, whole
 from qjax._kernels._tpu_plan import LANES, Plan, Tiles, is_halved, plan, refusal as refusal, unit
 from qjax._kernels._tpu_products import RULES, products_of
 
@@ -32,6 +32,8 @@ def accumulate(
       tiles: None for those of the table.
       interpret: ``pltpu.InterpretParams`` to run it on a CPU.
     """
+    if 0 in (*lhs.shape[:2], rhs.shape[1]):
+        return jnp.zeros((*lhs.shape[:2], rhs.shape[1]), jnp.float32)
     tiles = tiles or Tiles(*(tiles_for(lhs, rhs, accumulator) or ()))
     return _accumulate(lhs, rhs, key, scales, accumulator, tiles, interpret)
 
@@ -42,7 +44,7 @@ def _accumulate(lhs, rhs, key, scales, accumulator: Accumulator, tiles: Tiles, i
     divided = plan(accumulator, depth, tiles, unit(rhs))
     assert isinstance(divided, Plan)
     chunk, step, segment, steps = divided
-    bm, bn = min(tiles.m, _up(m, 32)), min(tiles.n, _up(n, LANES))
+    bm, bn = min(tiles.m, whole(m, 32)), min(tiles.n, whole(n, LANES))
     inputs = _operands_of(lhs, rhs, steps * step, step, bm, bn)
     if key is not None:
         places = jnp.arange(steps * step // chunk)
@@ -108,7 +110,7 @@ def _accumulate(lhs, rhs, key, scales, accumulator: Accumulator, tiles: Tiles, i
 
     axes = varying(jax.typeof(inputs["lhs"][0])) | varying(jax.typeof(inputs["rhs"][0]))
     varies: dict[str, Any] = {"manual_axis_type": jax.sharding.ManualAxisType(varying=axes)} if axes else {}
-    shape = (b, _up(m, bm), _up(n, bn))
+    shape = (b, whole(m, bm), whole(n, bn))
     result = pl.pallas_call(
         body,
         out_shape=jax.ShapeDtypeStruct(shape, np.float32, **varies),
@@ -121,11 +123,6 @@ def _accumulate(lhs, rhs, key, scales, accumulator: Accumulator, tiles: Tiles, i
         name="accumulate",
     )(*(x for x, _ in inputs.values()))
     return result[:, :m, :n]
-
-
-def _up(size: int, by: int) -> int:
-    """Returns the least multiple of a number that is not below a size, and not 0."""
-    return max(-(-size // by), 1) * by
 
 
 def _blocked(x, block: tuple[int, ...], index):
