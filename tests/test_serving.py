@@ -578,7 +578,8 @@ def test_an_export_gives_the_same_bits_in_a_process_that_knows_jax_alone(tmp_pat
     command = [sys.executable, "-c", FRESH, str(tmp_path)]
     run = subprocess.run(command, capture_output=True, check=True, text=True, cwd=tmp_path, env=os.environ)
     assert not run.stdout.split()
-    out = np.load(tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as file:
+        out = dict(file)
     for name, there in (("closed", closed(IMAGE)), ("open", opened(leaves, IMAGE))):
         assert same(out[name], np.asarray(there))
     assert same(np.asarray(closed(IMAGE)), np.asarray(jax.jit(lambda x: served.apply({"params": params}, x))(IMAGE)))
