@@ -11,7 +11,7 @@ from tables import bits
 
 import qjax
 from qjax import Accumulator, Fixed, Gemm, Quantizer as Q
-from qjax._kernels import _int16, _tiles
+from qjax._kernels import _int16, _target, _tiles
 from qjax._kernels._cases import CASES
 from qjax.kernels import k_major, matmul
 
@@ -245,3 +245,13 @@ def test_the_table_of_tiles_is_in_order():
     for row in _tiles.table():
         assert set(row) == {"device", "kind", "most_rows", "tiles", "measured"}
         assert row["kind"] in {None, *kinds}
+
+
+def test_the_target_is_the_default_device():
+    platforms = []
+    for device in (None, "cpu", jax.devices()[1]):
+        with jax.default_device(device):
+            platforms.append(_target.Target.current().platform)
+    assert platforms == ["cpu"] * 3
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
+        assert _target.Target.current().is_hopper

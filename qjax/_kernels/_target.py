@@ -8,7 +8,7 @@ import jax
 class Target(NamedTuple):
     """A platform ("cpu", "gpu", "tpu") and the kind of its devices, as JAX calls them.
 
-    That of the current abstract mesh if it names a device, which cross-compilation sets; else the default backend's.
+    That of the current abstract mesh if it names a device, which cross-compilation sets; else the default device's.
     """
 
     platform: str
@@ -16,7 +16,9 @@ class Target(NamedTuple):
 
     @classmethod
     def current(cls) -> "Target":
-        device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.devices()[0]
+        device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.config.jax_default_device
+        if device is None or isinstance(device, str):
+            device = jax.devices(device)[0]
         return cls("gpu" if device.platform == "cuda" else device.platform, device.device_kind)
 
     @property
