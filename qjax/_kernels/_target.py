@@ -16,7 +16,8 @@ class Target(NamedTuple):
 
     @classmethod
     def current(cls) -> "Target":
-        device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) or jax.config.jax_default_device
+        device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+        device = device or getattr(jax.config, "jax_default_device")  # noqa: B009
         if device is None or isinstance(device, str):
             device = jax.devices(device)[0]
         return cls("gpu" if device.platform == "cuda" else device.platform, device.device_kind)
