@@ -115,6 +115,16 @@ def test_floats_beside_codes_are_rounded_too():
     np.testing.assert_array_equal(ours, _reference.accumulate(*carried(lhs, rhs), case.accumulator))
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.letter in "ae" and "bfloat16-" in c.name][:2], ids=lambda c: c.name
+)
+def test_within_the_bound_on_normal_numbers(case):
+    lhs, rhs, options = case.operands(16, 40, 300)
+    out = _gpu.accumulate(lhs, rhs, case.accumulator, interpret=INTERPRET, **options)
+    wanted = _reference.accumulate(*carried(lhs, rhs), case.accumulator, **options)
+    assert (np.abs(np.float64(out) - np.float64(wanted)) <= case.bound(lhs, rhs)).all()
+
+
 def test_empty_operands():
     empty, accumulator = jnp.zeros((1, 0, 64), BF16), Accumulator("fp16", chunk=16)
     assert _gpu.accumulate(empty, jnp.zeros((1, 3, 64), BF16), accumulator).shape == (1, 0, 3)

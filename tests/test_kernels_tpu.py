@@ -60,19 +60,10 @@ FLOATS = [c for c in CASES if isinstance(c.accumulator.fmt, Float) and c.letter 
 
 @pytest.mark.parametrize("case", FLOATS, ids=lambda case: case.name)
 def test_within_the_bound_on_normal_numbers(case):
-    """A chunk of c products in two orders differs by ``2 c 2^-24 sum |x y|``, and rounding is monotonous.
-
-    So a register's sums of chunks differ by what they did before, plus that, plus one spacing of the register.
-    """
     lhs, rhs, options = case.operands(16, 40, 300)
     out = _tpu.accumulate(lhs, rhs, case.accumulator, tiles=SMALL, interpret=INTERPRET, **options)
     wanted = _reference.accumulate(*carried(lhs, rhs), case.accumulator, **options)
-    fmt, chunk = case.accumulator.fmt, case.accumulator.chunk
-    x, y = (jnp.abs(z).astype(np.float32) for z in carried(lhs, rhs))
-    sizes = np.asarray(_reference.dot(x, y), np.float64)
-    spacing = 2.0 ** (np.floor(np.log2(sizes)) - fmt.mantissa_bits)
-    bound = 2 * chunk * 2.0**-24 * sizes + -(-300 // chunk) * spacing
-    assert (np.abs(np.float64(out) - np.float64(wanted)) <= bound).all()
+    assert (np.abs(np.float64(out) - np.float64(wanted)) <= case.bound(lhs, rhs)).all()
 
 
 def test_what_the_kernel_does_not_take():

@@ -9,7 +9,7 @@ import numpy as np
 from qjax._accumulator import Accumulator
 from qjax._encode import encode
 from qjax._kernels._operands import Coded, Unrounded, carried
-from qjax._kernels._reference import accumulate
+from qjax._kernels._reference import accumulate, dot
 from qjax._quantizer import Quantizer
 from qjax.formats import Fixed, format
 
@@ -86,6 +86,17 @@ class Case(NamedTuple):
         x, y = (jnp.abs(z) for z in carried(lhs, rhs))
         sizes = accumulate(x, y, self.accumulator, scales=scales)
         return 2 * (self.accumulator.chunk - -x.shape[-1] // self.accumulator.chunk) * 2.0**-24 * sizes
+
+    def bound(self, lhs, rhs) -> np.ndarray:
+        """Returns how far the sums of a ``Float`` register may lie apart with chunks summed in two orders.
+
+        A chunk of c products in two orders differs by ``2 c 2^-24 sum |x y|``. Rounding is monotonous: the register's
+        sums differ by what they did before, plus that, plus one spacing of the register at the sum of all magnitudes.
+        """
+        x, y = (jnp.abs(z).astype(np.float32) for z in carried(lhs, rhs))
+        sizes, chunk = np.asarray(dot(x, y), np.float64), self.accumulator.chunk
+        spacing = 2.0 ** (np.floor(np.log2(sizes)) - self.accumulator.fmt.mantissa_bits)
+        return 2 * chunk * 2.0**-24 * sizes + -(-x.shape[-1] // chunk) * spacing
 
 
 def _fixed(bits: int, overflow: Literal["wrap", "saturate"], **options) -> Accumulator:

@@ -26,9 +26,13 @@ def accumulate(lhs, rhs, accumulator: Accumulator, *, key=None, scales=None, pro
     depth, shape = lhs.shape[-1], (*lhs.shape[:2], rhs.shape[1])
     chunk, segment, segments = divided(accumulator, depth)
     padded = [jnp.pad(x, [(0, 0), (0, 0), (0, segments * segment - depth)]) for x in (lhs, rhs)]
+    # XLA's CPU backend slices bfloat16 as float32, twice the bytes.
+    bits = [lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x for x in padded]
 
     def add_chunk(state, place):
-        part = products(*(lax.dynamic_slice_in_dim(x, place * chunk, chunk, 2) for x in padded))
+        slices = (lax.dynamic_slice_in_dim(x, place * chunk, chunk, 2) for x in bits)
+        pieces = (lax.bitcast_convert_type(x, y.dtype) for x, y in zip(slices, padded, strict=True))
+        part = products(*pieces)
         # XLA makes a product of a dot of one term, and contracts that into the sum that follows.
         part = _carrier.apart(part) if register.sums == np.float32 and chunk == 1 else part
         words = None
