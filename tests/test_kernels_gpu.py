@@ -115,9 +115,7 @@ def test_floats_beside_codes_are_rounded_too():
     np.testing.assert_array_equal(ours, _reference.accumulate(*carried(lhs, rhs), case.accumulator))
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.letter in "ae" and "bfloat16-" in c.name][:2], ids=lambda c: c.name
-)
+@pytest.mark.parametrize("case", [c for c in CASES if c.letter == "a" and "64" in c.name and c.dtype == "bfloat16"])
 def test_within_the_bound_on_normal_numbers(case):
     lhs, rhs, options = case.operands(16, 40, 300)
     out = _gpu.accumulate(lhs, rhs, case.accumulator, interpret=INTERPRET, **options)
