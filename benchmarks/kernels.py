@@ -83,7 +83,7 @@ def implementations(case: Case, operands) -> dict:
 
     def named(name, lhs, rhs, options):
         arrays = carried(lhs, rhs)
-        return accumulate(*arrays, case.accumulator, made=(lhs, rhs), implementation=name, **options)
+        return accumulate(*arrays, case.accumulator, made=lambda: (lhs, rhs), implementation=name, **options)
 
     def plain(lhs, rhs, options):
         """A product of this shape in one piece: of float32 on a CPU, else of the operands, weights in bfloat16."""

@@ -1,5 +1,6 @@
 """The product of an equation as an ``Accumulator`` sums it."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def accumulated(
     if count is not None:
         shapes = [(*rows.shape[:2], count) for rows in (x, y)]
         given = tuple(jnp.ones(n, np.float32) if s is None else s for s, n in zip(scales, shapes, strict=True))
-    made = _made(equation, accumulator, operands, sources, axes, (x, y))
+    made = functools.partial(_made, equation, accumulator, operands, sources, axes, (x, y))
     return output(accumulate(x, y, accumulator, key=key, scales=given, made=made, implementation=implementation))
 
 
@@ -126,9 +127,8 @@ def _carried(operands: list[Operand], accumulator: Accumulator) -> list:
             for o, f in zip(operands, formats, strict=True)
         ]
         return [jnp.round(x).astype(dtype) for x in scaled]
-    narrow = {_operand.narrow_dtype(o.fmt, np.dtype(np.float32)) for o in operands if o.elements.dtype != jnp.bfloat16}
-    dtype = jnp.bfloat16 if narrow <= {np.dtype(np.int8), np.dtype(jnp.bfloat16)} else np.float32
-    return [o.elements.astype(dtype) for o in operands]
+    fits = all(o.elements.dtype == jnp.bfloat16 or _operand.narrow_float(o.fmt) == jnp.bfloat16 for o in operands)
+    return [o.elements.astype(jnp.bfloat16 if fits else np.float32) for o in operands]
 
 
 def _within(fmt: Fixed, info: np.iinfo) -> bool:

@@ -200,7 +200,7 @@ def narrow_dtype(fmt: Format | None, wide: np.dtype) -> np.dtype:
     # The unit of a product, and the sum of 2^17 of them, are float32 numbers.
     if found.lowest is not None and -60 <= found.lowest <= 40 and _fits_int8(fmt, 2.0**found.lowest):
         return np.dtype(np.int8)
-    return np.dtype(jnp.bfloat16) if found.precision <= 8 else wide
+    return narrow_float(fmt)
 
 
 def narrow_float(fmt: Format | None) -> np.dtype:

@@ -1,6 +1,7 @@
 """Sums of products by an ``Accumulator``: which implementation computes them."""
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ def accumulate(
     *,
     key=None,
     scales=None,
-    made: tuple[Any, Any] | None = None,
+    made: Callable[[], tuple[Any, Any]] | None = None,
     implementation: Implementation | None = None,
 ):
     """Returns the products of rows, ``(b, m, k) x (b, n, k) -> (b, m, n)``, summed by an accumulator, as float32.
@@ -32,31 +33,38 @@ def accumulate(
       lhs, rhs: elements of one dtype, the narrowest that holds them: the carrier. Integers for a ``Fixed`` register,
         floats for a ``Float``.
       key, scales: as in the reference.
-      made: what a kernel can make lhs and rhs of itself, ``Unrounded`` and ``Coded``; or the arrays.
+      made: returns what a kernel can make lhs and rhs of itself, ``Unrounded`` and ``Coded``; or the arrays.
       implementation: None for the fastest that can run here.
     """
     if implementation == "pallas" or (implementation is None and is_alone()):
-        reason = ""
-        for x, y in ((lhs, rhs),) if made is None else (made, (lhs, rhs)):
-            found = kernels_for(x, y, accumulator, scales)
-            if not isinstance(found, str):
-                return found.accumulate(x, y, accumulator, key=key, scales=scales)
-            reason = reason or found
+        kernels = kernels_here()
+        reasons = [kernels] if isinstance(kernels, str) else []
+        if not isinstance(kernels, str):
+            for x, y in ((lhs, rhs),) if made is None else (made(), (lhs, rhs)):
+                reason = kernels.refusal(x, y, accumulator, scales=scales)
+                if reason is None:
+                    return kernels.accumulate(x, y, accumulator, key=key, scales=scales)
+                reasons.append(reason)
         if implementation == "pallas":
-            raise NotImplementedError(f"matmul: implementation='pallas' cannot run: {reason}.")
+            raise NotImplementedError(f"matmul: implementation='pallas' cannot run: {reasons[0]}.")
     products = None if implementation == "reference" else _products(lhs, rhs, accumulator)
     return _reference.accumulate(lhs, rhs, accumulator, key=key, scales=scales, products=products)
 
 
 def kernels_for(lhs, rhs, accumulator: Accumulator, scales) -> ModuleType | str:
     """Returns the module of the kernel that takes these operands on the current target, or why there is none."""
+    kernels = kernels_here()
+    return kernels if isinstance(kernels, str) else kernels.refusal(lhs, rhs, accumulator, scales=scales) or kernels
+
+
+def kernels_here() -> ModuleType | str:
+    """Returns the module of the kernel of the current target, or why there is none."""
     target = Target.current()
     if target.platform not in ("tpu", "gpu"):
         return f"the kernels are for TPUs and Hopper GPUs, and this is a {target.platform}; take 'xla' or None"
     if jax.__version_info__ < (0, 11, 2):
         return f"the kernels need jax >= 0.11.2, and this is {jax.__version__}"
-    module = importlib.import_module(f"qjax._kernels._{target.platform}")
-    return module.refusal(lhs, rhs, accumulator, scales=scales) or module
+    return importlib.import_module(f"qjax._kernels._{target.platform}")
 
 
 def _products(lhs, rhs, accumulator: Accumulator):

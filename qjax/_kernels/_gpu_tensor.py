@@ -24,8 +24,6 @@ def direct(lhs, rhs, sums: type) -> Products:
 def by_halves(lhs, rhs, plan: Plan) -> Products:
     """Returns the products of int16 operands, exact modulo 2^32, by four products of int8: ``_int16.product``."""
     halves = [Load(half, of_columns) for of_columns, x in ((False, lhs), (True, rhs)) for half in _int16.halves(x)]
-    of_row, of_column = (_int16.offset(x.reshape(*x.shape[:2], -1, plan.depth)) for x in (lhs, rhs))
-    of_column = of_column - _int16.modulo(plan.depth << 14)
 
     def sum_of(tiles, shape, scratch):
         xh, xl, yh, yl = tiles
@@ -39,4 +37,4 @@ def by_halves(lhs, rhs, plan: Plan) -> Products:
         upper, middle, lower = multiplied(multiply, shape, *(np.int32,) * 3)
         return (upper << 16) + (middle << 8) + lower
 
-    return Products(tuple(halves), sum_of, (of_row, of_column))
+    return Products(tuple(halves), sum_of, _int16.offsets(lhs, rhs, plan.depth))

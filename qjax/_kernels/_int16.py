@@ -16,9 +16,19 @@ def product(x, y, dot=dot):
 
     ``sum(x y) = sum((x - 128) (y - 128)) + 128 sum(x) + 128 sum(y) - 128^2 k``, and ``dot`` multiplies the halves.
     """
+    return of_halves(x, y, dot) + offset(x)[:, :, None] + (offset(y) - modulo(x.shape[-1] << 14))[:, None, :]
+
+
+def of_halves(x, y, dot):
+    """Returns the products of rows of ``x - 128`` and ``y - 128``."""
     (xh, xl), (yh, yl) = halves(x), halves(y)
-    total = (dot(xh, yh) << 16) + ((dot(xh, yl) + dot(xl, yh)) << 8) + dot(xl, yl)
-    return total + offset(x)[:, :, None] + (offset(y) - modulo(x.shape[-1] << 14))[:, None, :]
+    return (dot(xh, yh) << 16) + ((dot(xh, yl) + dot(xl, yh)) << 8) + dot(xl, yl)
+
+
+def offsets(x, y, chunk: int):
+    """Returns what to add to ``of_halves`` of every chunk, ``(b, m, chunks)`` and ``(b, n, chunks)``."""
+    of_x, of_y = (offset(z.reshape(*z.shape[:2], -1, chunk)) for z in (x, y))
+    return of_x, of_y - modulo(chunk << 14)
 
 
 def offset(x):

@@ -59,11 +59,8 @@ def _accumulate(lhs, rhs, key, scales, accumulator: Accumulator, tiles: Tiles, i
         inputs["rhs_scales"] = _blocked(y[..., None, :], (1, some, 1, bn), lambda b, i, j, s: (b, block_of(s), 0, j))
     if not isinstance(lhs, Unrounded) and lhs.dtype == np.int16:
         per = step // chunk
-        x, y = (
-            _int16.offset(jnp.pad(z, [(0, 0), (0, 0), (0, steps * step - depth)]).reshape(b, -1, steps * per, chunk))
-            for z in (lhs, rhs)
-        )
-        y = y - _int16.modulo(chunk << 14)
+        x, y = (jnp.pad(z, [(0, 0), (0, 0), (0, steps * step - depth)]) for z in (lhs, rhs))
+        x, y = _int16.offsets(x, y, chunk)
         x, y = x.swapaxes(1, 2)[..., None], y.swapaxes(1, 2)[..., None, :]
         inputs["lhs_offsets"] = _blocked(x, (1, per, bm, 1), lambda b, i, j, s: (b, s, i, 0))
         inputs["rhs_offsets"] = _blocked(y, (1, per, 1, bn), lambda b, i, j, s: (b, s, 0, j))

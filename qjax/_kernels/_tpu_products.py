@@ -27,8 +27,8 @@ def products_of(lhs, rhs):
         return _dot(elements(x[0, :, places], y.dtype), y)
 
     def int16(x, y, places):
-        (xh, xl), (yh, yl) = (_int16.halves(z[0, :, places].astype(jnp.int32)) for z in (x, y))
-        return (_dot(xh, yh) << 16) + ((_dot(xh, yl) + _dot(xl, yh)) << 8) + _dot(xl, yl)
+        x, y = (z[0, :, places].astype(jnp.int32) for z in (x, y))
+        return _int16.of_halves(x, y, _dot)
 
     def coded(x, y, places):
         codes = y[0, :, places].astype(jnp.int32).astype(jnp.uint32)
