@@ -1,5 +1,6 @@
 """Serving: models run from codes as they run from weights, files hold them in their bytes, exports are one program."""
 
+import gc
 import json
 import os
 import pathlib
@@ -507,7 +508,7 @@ def test_damaged_safetensors_are_refused(tmp_path, monkeypatch):
             call(path)
 
 
-# A task of orbax fails by itself while another error is on its way.
+# Tasks of orbax fail by themselves while another error is on its way; the last line ends them while that is ignored.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_orbax_checkpoints_are_refused(tmp_path):
     path = tmp_path / "x"
@@ -530,6 +531,7 @@ def test_damaged_orbax_checkpoints_are_refused(tmp_path):
     (path / "qjax" / "metadata").write_text("{")
     with pytest.raises(ValueError, match=r"load_orbax: the item 'qjax' of .* cannot be read"):
         checkpoints.load_orbax(path)
+    gc.collect()
 
 
 class Network(nn.Module):
