@@ -61,20 +61,14 @@ class Blocks(NamedTuple):
 
     def maximum(self, x):
         """Returns the largest of each block's entries and 0, of shape ``counts``."""
-        view, (shape, within) = self.split(x), self._view
-        if within:
-            # Folded first in operations on whole vectors, also where x is computed on the way: XLA reduces one number
-            # after the other. What is folded lies together, so that a mesh can have parts of a block on each device.
-            axis, before, after = within[-1], shape[: within[-1]], shape[within[-1] + 1 :]
-            size = shape[axis]
-            lanes = math.gcd(size, 8) if math.prod(after) == 1 else 1
-            folds = next(d for d in range(8, 0, -1) if size // lanes % d == 0)
-            width = lanes * math.gcd(size // lanes // folds, 2) if lanes > 1 else 1
-            parts = view.reshape(*before, size // width // folds, folds, width, *after)
-            view = functools.reduce(jnp.maximum, [lax.index_in_dim(parts, i, axis + 1, False) for i in range(folds)])
-            view = lax.optimization_barrier(view)
-            view = view.reshape(*before, size // folds, *after)
-        return jnp.max(view, axis=within, initial=0).reshape(self.counts)
+        divided = [axis for axis, size in enumerate(self.sizes) if _several(size)]
+        if divided and self.sizes == self.shape:
+            # All at once, so that a mesh sends one number.
+            return jnp.max(_folded(x, divided[-1], self.sizes[divided[-1]]), initial=0).reshape(self.counts)
+        # One axis after the other, from the last on: XLA takes many times longer over two at once.
+        for axis in reversed(divided):
+            x = _largest(x, axis, self.sizes[axis])
+        return x
 
     def spread(self, scales):
         """Returns an array of shape ``counts`` with its entry for every element, in ``shape``."""
@@ -83,6 +77,35 @@ class Blocks(NamedTuple):
         whole = tuple(count * size for count, size in zip(self.counts, self.sizes, strict=True))
         x = jnp.broadcast_to(kept, view).reshape(whole)
         return x if whole == self.shape else x[tuple(slice(0, n) for n in self.shape)]
+
+
+def _largest(x, axis: int, size):
+    """Returns the largest of every ``size`` entries along an axis and 0, the last of them perhaps fewer."""
+    n = x.shape[axis]
+    if rest := 0 if n == size else n % size:
+        whole, last = lax.split(x, (n - rest, rest), axis)
+        return lax.concatenate([_largest(whole, axis, size), _largest(last, axis, rest)], axis)
+    return jnp.max(_folded(x, axis, size), axis=axis + 1, initial=0)
+
+
+def _folded(x, axis: int, size):
+    """Returns x with an axis as (blocks, size), and fewer entries there, of which the largest is that of the block.
+
+    Folded in operations on whole vectors, also where x is computed on the way: XLA reduces one number after the other.
+    What is folded lies together, so that a mesh can have parts of a block on each device.
+    """
+    before, n, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    if not isinstance(size, int):
+        return jnp.expand_dims(x, axis)
+    lanes = math.gcd(size, 8) if math.prod(after) == 1 else 1
+    folds = next(d for d in range(8, 0, -1) if size // lanes % d == 0)
+    if folds == 1 and n == size >= 128:
+        parts = lax.split(x, (n - n % 64, n % 64), axis)
+        return lax.concatenate([_folded(part, axis, part.shape[axis]) for part in parts], axis + 1)
+    width = lanes * math.gcd(size // lanes // folds, 2) if lanes > 1 else 1
+    parts = x.reshape(*before, n // width // folds, folds, width, *after)
+    x = functools.reduce(jnp.maximum, [lax.index_in_dim(parts, i, axis + 1, False) for i in range(folds)])
+    return lax.optimization_barrier(x).reshape(*before, n // size, size // folds, *after)
 
 
 def blocks_of(fmt: Scaled, shape: tuple[int, ...], axis: int) -> Blocks:

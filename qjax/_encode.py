@@ -292,7 +292,8 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         with np.errstate(over="ignore", under="ignore"):
             table = fmt.values().astype(c.float)
         table = np.concatenate([table, np.full(2**fmt.bits - len(table), np.nan, c.float)])
-        return jnp.asarray(table)[position]
+        # Looked up as bits: XLA would keep both the number and its bits, 4 bytes an element each.
+        return _carrier.from_bits(jnp.asarray(table.view(c.uint))[position], c)
     if isinstance(fmt, Fixed):
         up = c.width - fmt.bits
         integer = (codes << up).astype(c.int) >> up if fmt.signed else codes

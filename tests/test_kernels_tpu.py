@@ -109,6 +109,12 @@ def cases() -> dict:
     }
 
 
+def first_shapes() -> dict:
+    """Returns every case in one shape."""
+    firsts = {f"{case.name} {case.shapes[0]}" for case in CASES}
+    return {name: case for name, case in cases().items() if name in firsts}
+
+
 COMPILED = [(case, shape) for case in CASES for shape in case.shapes] + [(CASES[2], (512, 512, 2048))]  # whole tiles
 LOWERED = [f"{case.name} {shape}" for case, shape in COMPILED]
 
@@ -127,9 +133,9 @@ def test_vmap_is_an_axis_of_the_grid():
 
 
 @pytest.mark.skipif(not crosscompile.is_installed("v5e"), reason="needs libtpu")
-@pytest.mark.parametrize("target", ["v5e", "v6e", "tpu7x"])
-def test_every_case_compiles(target):
-    reports = crosscompile.compiled(target, "test_kernels_tpu:cases")
-    assert set(reports) == set(LOWERED)
+@pytest.mark.parametrize("target, chosen", [("v6e", "cases"), ("v5e", "first_shapes"), ("tpu7x", "first_shapes")])
+def test_every_case_compiles(target, chosen):
+    reports = crosscompile.compiled(target, f"test_kernels_tpu:{chosen}")
+    assert set(reports) == set(globals()[chosen]())
     assert not {name: report["error"] for name, report in reports.items() if "error" in report}
     assert all("tpu_custom_call" in report["hlo"] for report in reports.values())

@@ -25,7 +25,7 @@ OTHER_RULES = [
     Scaled(qjax.Fixed(8), qjax.FP16, "axis"),
     Scaled(qjax.E5M2, qjax.Float(5, 0, specials="finite", signed=False), 32),
     Scaled(qjax.NF4, qjax.E8M0, 32),
-    Scaled(Scaled(qjax.Fixed(4), qjax.E8M0, 8), qjax.FP32, "axis"),
+    Scaled(Scaled(qjax.Fixed(4), qjax.Float(5, 0, specials="fn", signed=False), 8), qjax.FP32, "axis"),
 ]
 
 

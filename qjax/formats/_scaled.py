@@ -116,6 +116,11 @@ class Scaled:
             )
         if isinstance(element, Scaled) and (power_of_two or rule != "absmax"):
             raise ValueError("Scaled: around a Scaled element the scale needs a mantissa, and the rule 'absmax'.")
+        if not power_of_two and element.max >= 2.0**128:
+            raise ValueError(
+                f"Scaled: the largest element, {element.max:.4g}, is beyond float32, in which a scale with mantissa is "
+                f"computed, so that every scale would be 0; use an element with fewer exponents than {element!r}."
+            )
         for name, value in (
             ("element", element),
             ("scale", scale),
