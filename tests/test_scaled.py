@@ -9,6 +9,7 @@ from tables import SCALED, finfo, same_bits
 
 import qjax
 from qjax import Rounding as R, Scaled
+from qjax._blocks import blocks_of
 
 # Of NumPy, where inputs are made.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in cast:RuntimeWarning")
@@ -157,3 +158,16 @@ def test_nvfp4_keeps_small_data_by_its_tensor_scale():
         float(np.mean(np.square(qjax.chop(jnp.asarray(x * s), "nvfp4") / s - x))) for s in (1.0, 1e-3, 1e-12, 1e12)
     ]
     assert max(error) < 1.05 * min(error) < 0.02
+
+
+@pytest.mark.parametrize("block", [None, "axis", 8, 100, (3,), (2, 128), (128, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 131), (257, 3), (3, 257), (193, 131), (2, 3, 191), (256, 1, 129)], ids=str)
+def test_maxima_of_blocks(shape, block):
+    x = np.random.default_rng(0).integers(0, 2**32, shape, np.uint32)
+    x[(-1,) * len(shape)] = 2**32 - 1  # in the place where what is left over lies
+    for axis in range(1 if isinstance(block, tuple) or block is None else len(shape)):
+        blocks = blocks_of(Scaled(qjax.E4M3, qjax.FP32, block), shape, axis)
+        padded = np.pad(x, [(0, n * size - k) for n, size, k in zip(blocks.counts, blocks.sizes, shape, strict=True)])
+        split = padded.reshape([k for pair in zip(blocks.counts, blocks.sizes, strict=True) for k in pair])
+        largest = split.max(axis=tuple(range(1, 2 * len(shape), 2)))
+        assert np.array_equal(jax.jit(blocks.maximum)(x), largest)
