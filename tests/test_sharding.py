@@ -351,29 +351,43 @@ class Nnx(nnx.Module):
         return self.second(jax.nn.relu(self.first(x)))
 
 
-@pytest.mark.parametrize("strategy", ["fully sharded", "data and tensor parallel"])
-def test_flax_models(strategy):
-    """Parameters are placed as any array is; the quantized model neither knows nor cares."""
-    name = "int8, a scale a channel"
-    wanted = jax.jit(train(EXACT[name], 1))(PARAMS, *DATA)
-    params, data = placed(strategy)
-
-    model = qlinen.quantize(Linen(), EXACT[name])
+def flax_losses(recipe):
+    """Returns ``loss`` by the quantized models of linen and nnx."""
+    model = qlinen.quantize(Linen(), recipe)
+    graph, state = nnx.split(qnnx.quantize(Nnx(nnx.Rngs(0)), recipe))
 
     def linen_loss(params, x, y):
         tree = {"Dense_0": {"kernel": params["in"]}, "Dense_1": {"kernel": params["out"]}}
         return jnp.mean((model.apply({"params": tree}, x) - y) ** 2)
-
-    found = jax.jit(train(None, 1, linen_loss))(params, *data)
-    assert all(same(found[key], wanted[key]) for key in wanted)
-
-    network = qnnx.quantize(Nnx(nnx.Rngs(0)), EXACT[name])
-    graph, state = nnx.split(network)
 
     def nnx_loss(params, x, y):
         leaves = {"first": {"kernel": params["in"]}, "second": {"kernel": params["out"]}}
         filled = nnx.State({k: {"kernel": state[k]["kernel"].replace(v["kernel"])} for k, v in leaves.items()})
         return jnp.mean((nnx.merge(graph, filled)(x) - y) ** 2)
 
-    found = jax.jit(train(None, 1, nnx_loss))(params, *data)
-    assert all(same(found[key], wanted[key]) for key in wanted)
+    return linen_loss, nnx_loss
+
+
+@pytest.mark.parametrize("strategy", ["fully sharded", "data and tensor parallel"])
+def test_flax_models(strategy):
+    """Parameters are placed as any array is; the quantized model neither knows nor cares."""
+    name = "int8, a scale a channel"
+    wanted = jax.jit(train(EXACT[name], 1))(PARAMS, *DATA)
+    params, data = placed(strategy)
+    for flax_loss in flax_losses(EXACT[name]):
+        found = jax.jit(train(None, 1, flax_loss))(params, *data)
+        assert all(same(found[key], wanted[key]) for key in wanted)
+
+
+def test_flax_models_under_shard_map():
+    recipe = recipes.uniform(POWERS["a scale a tensor"])
+    wanted = jax.jit(train(recipe, 1))(PARAMS, *DATA)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"mesh": mesh, "in_specs": (P(), P("data"), P("data")), "out_specs": P()}
+    for flax_loss in flax_losses(recipe.sharded(lhs=P("data"), rhs=P(), out=P("data"))):
+
+        def mean_loss(*arrays, flax_loss=flax_loss):
+            return jax.lax.pmean(flax_loss(*arrays), "data")
+
+        found = jax.jit(jax.shard_map(train(None, 1, mean_loss), **specs))(PARAMS, *DATA)
+        assert all(same(found[key], wanted[key]) for key in wanted)
