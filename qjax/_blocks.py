@@ -82,7 +82,7 @@ class Blocks(NamedTuple):
 def _largest(x, axis: int, size):
     """Returns the largest of every ``size`` entries along an axis and 0, the last of them perhaps fewer."""
     n = x.shape[axis]
-    if rest := 0 if n == size else n % size:
+    if rest := n % size:
         whole, last = lax.split(x, (n - rest, rest), axis)
         return lax.concatenate([_largest(whole, axis, size), _largest(last, axis, rest)], axis)
     return jnp.max(_folded(x, axis, size), axis=axis + 1, initial=0)

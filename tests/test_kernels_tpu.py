@@ -133,9 +133,9 @@ def test_vmap_is_an_axis_of_the_grid():
 
 
 @pytest.mark.skipif(not crosscompile.is_installed("v5e"), reason="needs libtpu")
-@pytest.mark.parametrize("target, chosen", [("v6e", "cases"), ("v5e", "first_shapes"), ("tpu7x", "first_shapes")])
+@pytest.mark.parametrize("target, chosen", [("v6e", cases), ("v5e", first_shapes), ("tpu7x", first_shapes)])
 def test_every_case_compiles(target, chosen):
-    reports = crosscompile.compiled(target, f"test_kernels_tpu:{chosen}")
-    assert set(reports) == set(globals()[chosen]())
+    reports = crosscompile.compiled(target, f"test_kernels_tpu:{chosen.__name__}")
+    assert set(reports) == set(chosen())
     assert not {name: report["error"] for name, report in reports.items() if "error" in report}
     assert all("tpu_custom_call" in report["hlo"] for report in reports.values())
