@@ -4,6 +4,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -62,12 +63,15 @@ class Blocks(NamedTuple):
     def maximum(self, x):
         """Returns the largest of each block's entries and 0, of shape ``counts``."""
         divided = [axis for axis, size in enumerate(self.sizes) if _several(size)]
+        folds = _FOLDS if math.prod(n if isinstance(n, int) else 1 for n in self.shape) >= _LARGE else 1
         if divided and self.sizes == self.shape:
             # All at once, so that a mesh sends one number.
-            return jnp.max(_folded(x, divided[-1], self.sizes[divided[-1]]), initial=0).reshape(self.counts)
+            size = self.sizes[divided[-1]]
+            part = math.gcd(size, 128) if isinstance(size, int) else 1
+            return jnp.max(_folded(x, divided[-1], part if part >= 32 else size, folds), initial=0).reshape(self.counts)
         # One axis after the other, from the last on: XLA takes many times longer over two at once.
         for axis in reversed(divided):
-            x = _largest(x, axis, self.sizes[axis])
+            x = _largest(x, axis, self.sizes[axis], folds)
         return x
 
     def spread(self, scales):
@@ -79,33 +83,67 @@ class Blocks(NamedTuple):
         return x if whole == self.shape else x[tuple(slice(0, n) for n in self.shape)]
 
 
-def _largest(x, axis: int, size):
-    """Returns the largest of every ``size`` entries along an axis and 0, the last of them perhaps fewer."""
+# Arrays with fewer elements are not worth the longer compilation.
+_LARGE = 2**16
+# XLA computes anew, instead of storing it, what another computation reads up to 15 times.
+_FOLDS, _FOLDS_OF_REST = 8, 4
+
+
+def _largest(x, axis: int, size, folds: int):
+    """Returns the largest of every ``size`` entries along an axis and 0, the last of them perhaps fewer.
+
+    XLA unrolls short loops into operations on single numbers. Loops over vectors are left of entries folded onto each
+    other and of several blocks at once, and, along other axes than the last, of at most 32 entries. What is folded
+    lies together, so that a mesh can have parts of a large block on each device.
+    """
     n = x.shape[axis]
     if rest := n % size:
         whole, last = lax.split(x, (n - rest, rest), axis)
-        return lax.concatenate([_largest(whole, axis, size), _largest(last, axis, rest)], axis)
-    return jnp.max(_folded(x, axis, size), axis=axis + 1, initial=0)
+        parts = _largest(whole, axis, size, folds), _largest(last, axis, rest, min(folds, _FOLDS_OF_REST))
+        return lax.concatenate(parts, axis)
+    is_last, in_parts = axis == x.ndim - 1, folds > 1 and isinstance(size, int)
+    longest, part = (128, 128) if is_last else (32, 16)
+    if in_parts and size > longest and (part := _divisor(size, part)) > 1:
+        # Two reductions, of which XLA would make one: jax 0.10 through the barrier too, if nothing else lies between.
+        parts = lax.optimization_barrier(_largest(x, axis, part, folds))
+        return jnp.max(_folded(parts, axis, size // part, 1 if is_last else 2), axis=axis + 1)
+    x = _folded(x, axis, size, folds)
+    if in_parts and is_last and 16 <= x.shape[-1] <= 32:
+        return _of_rows(x, folds * x.shape[-1] // size)
+    return jnp.max(x, axis=axis + 1, initial=0)
 
 
-def _folded(x, axis: int, size):
-    """Returns x with an axis as (blocks, size), and fewer entries there, of which the largest is that of the block.
+def _of_rows(x, most: int):
+    """Returns the largest of each row and 0, of up to ``most`` rows in one loop, all on one device of any mesh."""
+    devices = jax.device_count()
+    counts = [_divisor(n // math.gcd(n, devices), most) if isinstance(n, int) else 1 for n in x.shape[:-1]]
+    axis = max(range(len(counts)), key=lambda a: (counts[a], a))
+    count = counts[axis]
+    parts = x.reshape(*x.shape[:axis], x.shape[axis] // count, count, *x.shape[axis + 1 :])
+    rows = [lax.index_in_dim(parts, i, axis + 1, False) for i in range(count)]
+    zeros = [np.zeros((), x.dtype)] * count
+    maxima = lax.reduce(rows, zeros, lambda left, right: tuple(map(lax.max, left, right)), (x.ndim - 1,))
+    return jnp.stack(maxima, axis + 1).reshape(x.shape[:-1])
 
-    Folded in operations on whole vectors, also where x is computed on the way: XLA reduces one number after the other.
-    What is folded lies together, so that a mesh can have parts of a block on each device.
-    """
+
+def _folded(x, axis: int, size, most: int):
+    """Returns x with an axis as (blocks, size), and fewer entries there, of which the largest is that of the block."""
     before, n, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     if not isinstance(size, int):
         return jnp.expand_dims(x, axis)
-    lanes = math.gcd(size, 8) if math.prod(after) == 1 else 1
-    folds = next(d for d in range(8, 0, -1) if size // lanes % d == 0)
-    if folds == 1 and n == size >= 128:
+    folds = _divisor(size, most if after else min(most, max(size // 16, 1)))
+    if folds == 1 < most and n == size >= 128:
         parts = lax.split(x, (n - n % 64, n % 64), axis)
-        return lax.concatenate([_folded(part, axis, part.shape[axis]) for part in parts], axis + 1)
-    width = lanes * math.gcd(size // lanes // folds, 2) if lanes > 1 else 1
+        return lax.concatenate([_folded(part, axis, part.shape[axis], most) for part in parts], axis + 1)
+    width = 1 if after else size // folds
     parts = x.reshape(*before, n // width // folds, folds, width, *after)
     x = functools.reduce(jnp.maximum, [lax.index_in_dim(parts, i, axis + 1, False) for i in range(folds)])
-    return lax.optimization_barrier(x).reshape(*before, n // size, size // folds, *after)
+    return x.reshape(*before, n // size, size // folds, *after)
+
+
+def _divisor(n: int, most: int) -> int:
+    """Returns the largest divisor of n up to ``most``."""
+    return next(d for d in range(most, 0, -1) if n % d == 0)
 
 
 def blocks_of(fmt: Scaled, shape: tuple[int, ...], axis: int) -> Blocks:

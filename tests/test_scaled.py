@@ -160,9 +160,16 @@ def test_nvfp4_keeps_small_data_by_its_tensor_scale():
     assert max(error) < 1.05 * min(error) < 0.02
 
 
-@pytest.mark.parametrize("block", [None, "axis", 8, 100, (3,), (2, 128), (128, 128)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 131), (257, 3), (3, 257), (193, 131), (2, 3, 191), (256, 1, 129)], ids=str)
+SMALL = [(1, 131), (257, 3), (193, 131), (2, 3, 191)]
+# Here several blocks and parts of blocks are reduced in one loop.
+LARGE = [(2**17 + 5,), (2**16, 1), (520, 256), (67, 1031), (3, 512, 96), (64, 1, 1037)]
+
+
+@pytest.mark.parametrize("block", [None, "axis", 8, 16, 32, 48, 100, 256, (3,), (2, 128), (32, 32)], ids=str)
+@pytest.mark.parametrize("shape", SMALL + LARGE, ids=str)
 def test_maxima_of_blocks(shape, block):
+    if isinstance(block, tuple) and len(block) > len(shape):
+        pytest.skip("tiles of more axes than the array has")
     x = np.random.default_rng(0).integers(0, 2**32, shape, np.uint32)
     x[(-1,) * len(shape)] = 2**32 - 1  # in the place where what is left over lies
     for axis in range(1 if isinstance(block, tuple) or block is None else len(shape)):
