@@ -63,12 +63,13 @@ class Blocks(NamedTuple):
     def maximum(self, x):
         """Returns the largest of each block's entries and 0, of shape ``counts``."""
         divided = [axis for axis, size in enumerate(self.sizes) if _several(size)]
-        folds = _FOLDS if math.prod(n if isinstance(n, int) else 1 for n in self.shape) >= _LARGE else 1
+        folds = _FOLDS if _known_size(self.shape) >= _LARGE else 1
         if divided and self.sizes == self.shape:
             # All at once, so that a mesh sends one number.
             size = self.sizes[divided[-1]]
             part = math.gcd(size, 128) if isinstance(size, int) else 1
-            return jnp.max(_folded(x, divided[-1], part if part >= 32 else size, folds), initial=0).reshape(self.counts)
+            x = _folded(x, divided[-1], part if part >= 32 else size, folds)
+            return _max(x, tuple(range(x.ndim))).reshape(self.counts)
         # One axis after the other, from the last on: XLA takes many times longer over two at once.
         for axis in reversed(divided):
             x = _largest(x, axis, self.sizes[axis], folds)
@@ -83,8 +84,8 @@ class Blocks(NamedTuple):
         return x if whole == self.shape else x[tuple(slice(0, n) for n in self.shape)]
 
 
-# Arrays with fewer elements are not worth the longer compilation.
-_LARGE = 2**16
+# Arrays with fewer elements are not worth a longer compilation, nor a kernel more.
+_LARGE, _LARGE_FOR_ROWS = 2**16, 2**20
 # XLA computes anew, instead of storing it, what another computation reads up to 15 times.
 _FOLDS, _FOLDS_OF_REST = 8, 4
 
@@ -106,11 +107,12 @@ def _largest(x, axis: int, size, folds: int):
     if in_parts and size > longest and (part := _divisor(size, part)) > 1:
         # Two reductions, of which XLA would make one: jax 0.10 through the barrier too, if nothing else lies between.
         parts = lax.optimization_barrier(_largest(x, axis, part, folds))
-        return jnp.max(_folded(parts, axis, size // part, 1 if is_last else 2), axis=axis + 1)
+        return _max(_folded(parts, axis, size // part, 1 if is_last else 2), (axis + 1,))
+    elements = _known_size(x.shape)
     x = _folded(x, axis, size, folds)
-    if in_parts and is_last and 16 <= x.shape[-1] <= 32:
+    if in_parts and is_last and 16 <= x.shape[-1] <= 32 and elements >= _LARGE_FOR_ROWS:
         return _of_rows(x, folds * x.shape[-1] // size)
-    return jnp.max(x, axis=axis + 1, initial=0)
+    return _max(x, (axis + 1,))
 
 
 def _of_rows(x, most: int):
@@ -118,12 +120,15 @@ def _of_rows(x, most: int):
     devices = jax.device_count()
     counts = [_divisor(n // math.gcd(n, devices), most) if isinstance(n, int) else 1 for n in x.shape[:-1]]
     axis = max(range(len(counts)), key=lambda a: (counts[a], a))
-    count = counts[axis]
-    parts = x.reshape(*x.shape[:axis], x.shape[axis] // count, count, *x.shape[axis + 1 :])
-    rows = [lax.index_in_dim(parts, i, axis + 1, False) for i in range(count)]
-    zeros = [np.zeros((), x.dtype)] * count
+    parts = x.reshape(*x.shape[:axis], x.shape[axis] // counts[axis], counts[axis], *x.shape[axis + 1 :])
+    rows = [lax.index_in_dim(parts, i, axis + 1, False) for i in range(counts[axis])]
+    zeros = [np.zeros((), x.dtype)] * len(rows)
     maxima = lax.reduce(rows, zeros, lambda left, right: tuple(map(lax.max, left, right)), (x.ndim - 1,))
-    return jnp.stack(maxima, axis + 1).reshape(x.shape[:-1])
+    return lax.concatenate([lax.expand_dims(y, (axis + 1,)) for y in maxima], axis + 1).reshape(x.shape[:-1])
+
+
+def _max(x, axes: tuple[int, ...]):
+    return lax.reduce(x, np.zeros((), x.dtype), lax.max, axes)
 
 
 def _folded(x, axis: int, size, most: int):
@@ -137,8 +142,13 @@ def _folded(x, axis: int, size, most: int):
         return lax.concatenate([_folded(part, axis, part.shape[axis], most) for part in parts], axis + 1)
     width = 1 if after else size // folds
     parts = x.reshape(*before, n // width // folds, folds, width, *after)
-    x = functools.reduce(jnp.maximum, [lax.index_in_dim(parts, i, axis + 1, False) for i in range(folds)])
+    x = functools.reduce(lax.max, [lax.index_in_dim(parts, i, axis + 1, False) for i in range(folds)])
     return x.reshape(*before, n // size, size // folds, *after)
+
+
+def _known_size(shape) -> int:
+    """Returns how many elements there are, for a symbolic size of 1."""
+    return math.prod(n for n in shape if isinstance(n, int))
 
 
 def _divisor(n: int, most: int) -> int:

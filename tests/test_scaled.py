@@ -161,8 +161,8 @@ def test_nvfp4_keeps_small_data_by_its_tensor_scale():
 
 
 SMALL = [(1, 131), (257, 3), (193, 131), (2, 3, 191)]
-# Here several blocks and parts of blocks are reduced in one loop.
-LARGE = [(2**17 + 5,), (2**16, 1), (520, 256), (67, 1031), (3, 512, 96), (64, 1, 1037)]
+# Here blocks are folded, and of the last two shapes several are reduced in one loop.
+LARGE = [(2**17 + 5,), (2**16, 1), (67, 1031), (3, 512, 96), (64, 1, 1037), (1030, 1056), (2, 263, 2000)]
 
 
 @pytest.mark.parametrize("block", [None, "axis", 8, 16, 32, 48, 100, 256, (3,), (2, 128), (32, 32)], ids=str)

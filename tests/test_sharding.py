@@ -130,6 +130,18 @@ def test_no_collective_but_those_stated(name, strategy):
     assert set(small) - set(beside) == BESIDE.get((name, strategy), set())
 
 
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P("data", "model"), P(("data", "model"))], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4)], ids=str)
+def test_blocks_of_large_arrays_stay_on_their_devices(sizes, spec):
+    mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    x = jnp.tile(DATA[0], (8, 3))  # 2048 x 768: an odd number of blocks of 32 on each of 8 devices
+    split = jax.device_put(x, NamedSharding(mesh, spec))
+    for fmt in ("mxfp4", "int4_g16"):
+        program = jax.jit(lambda x, fmt=fmt: qjax.chop(x, fmt)).lower(split).compile()
+        assert moved(program) == (collections.Counter(), [])
+        assert same(program(split), qjax.chop(x, fmt))
+
+
 @pytest.mark.parametrize("strategy", ["data parallel", "fully sharded"])
 @pytest.mark.parametrize("name", EXACT)
 def test_explicit_axes(name, strategy):
