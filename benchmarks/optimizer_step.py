@@ -77,7 +77,8 @@ def main():
         "",
         f"- {datetime.datetime.now():%Y-%m-%d %H:%M}, `python benchmarks/optimizer_step.py --rounds {options.rounds}`",
         f"- {', '.join(packages)}, Python {sys.version.split()[0]}",
-        f"- device {jax.devices()[0].platform}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        f"- device {jax.devices()[0].platform}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+        + " ".join(f"{name}={os.environ.get(name, '')!r}" for name in ("XLA_FLAGS", "GLIBC_TUNABLES")),
         "",
         f"Times of one step on {SHAPE[0] * SHAPE[1]:,} float32 parameters, weights and state donated, as ratios of",
         f"medians to `optax.adamw` in the same rounds, {1e3 * base:.1f} ms. `bytes`: those of the live arrays of the",
