@@ -93,9 +93,9 @@ _FOLDS, _FOLDS_OF_REST = 8, 4
 def _largest(x, axis: int, size, folds: int):
     """Returns the largest of every ``size`` entries along an axis and 0, the last of them perhaps fewer.
 
-    XLA unrolls short loops into operations on single numbers. Loops over vectors are left of entries folded onto each
-    other and of several blocks at once, and, along other axes than the last, of at most 32 entries. What is folded
-    lies together, so that a mesh can have parts of a large block on each device.
+    On the CPU, XLA unrolls short loops into operations on single numbers. Loops over vectors are left of entries folded
+    onto each other and of several blocks at once, and, along other axes than the last, of at most 32 entries. What is
+    folded lies together, so that a mesh can have parts of a large block on each device.
     """
     n = x.shape[axis]
     if rest := n % size:
@@ -108,9 +108,9 @@ def _largest(x, axis: int, size, folds: int):
         # Two reductions, of which XLA would make one: jax 0.10 through the barrier too, if nothing else lies between.
         parts = lax.optimization_barrier(_largest(x, axis, part, folds))
         return _max(_folded(parts, axis, size // part, 1 if is_last else 2), (axis + 1,))
-    elements = _known_size(x.shape)
+    in_rows = in_parts and is_last and _known_size(x.shape) >= _LARGE_FOR_ROWS and jax.default_backend() == "cpu"
     x = _folded(x, axis, size, folds)
-    if in_parts and is_last and 16 <= x.shape[-1] <= 32 and elements >= _LARGE_FOR_ROWS:
+    if in_rows and 16 <= x.shape[-1] <= 32:
         return _of_rows(x, folds * x.shape[-1] // size)
     return _max(x, (axis + 1,))
 
