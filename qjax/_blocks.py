@@ -102,13 +102,13 @@ def _largest(x, axis: int, size, folds: int):
         whole, last = lax.split(x, (n - rest, rest), axis)
         parts = _largest(whole, axis, size, folds), _largest(last, axis, rest, min(folds, _FOLDS_OF_REST))
         return lax.concatenate(parts, axis)
-    is_last, in_parts = axis == x.ndim - 1, folds > 1 and isinstance(size, int)
+    is_last, is_large = axis == x.ndim - 1, folds > 1 and isinstance(size, int)
     longest, part = (128, 128) if is_last else (32, 16)
-    if in_parts and size > longest and (part := _divisor(size, part)) > 1:
+    if is_large and size > longest and (part := _divisor(size, part)) > 1:
         # Two reductions, of which XLA would make one: jax 0.10 through the barrier too, if nothing else lies between.
         parts = lax.optimization_barrier(_largest(x, axis, part, folds))
         return _max(_folded(parts, axis, size // part, 1 if is_last else 2), (axis + 1,))
-    in_rows = in_parts and is_last and _known_size(x.shape) >= _LARGE_FOR_ROWS and jax.default_backend() == "cpu"
+    in_rows = is_large and is_last and _known_size(x.shape) >= _LARGE_FOR_ROWS and jax.default_backend() == "cpu"
     x = _folded(x, axis, size, folds)
     if in_rows and 16 <= x.shape[-1] <= 32:
         return _of_rows(x, folds * x.shape[-1] // size)

@@ -160,12 +160,14 @@ def test_nvfp4_keeps_small_data_by_its_tensor_scale():
     assert max(error) < 1.05 * min(error) < 0.02
 
 
-SMALL = [(1, 131), (257, 3), (193, 131), (2, 3, 191)]
+SMALL = [(1, 131), (257, 3), (3, 257), (193, 131), (2, 3, 191), (256, 1, 129)]
 # Here blocks are folded, and of the last two shapes several are reduced in one loop.
 LARGE = [(2**17 + 5,), (2**16, 1), (67, 1031), (3, 512, 96), (64, 1, 1037), (1030, 1056), (2, 263, 2000)]
 
 
-@pytest.mark.parametrize("block", [None, "axis", 8, 16, 32, 48, 100, 256, (3,), (2, 128), (32, 32)], ids=str)
+@pytest.mark.parametrize(
+    "block", [None, "axis", 8, 16, 32, 48, 100, 256, (3,), (2, 128), (32, 32), (128, 128)], ids=str
+)
 @pytest.mark.parametrize("shape", SMALL + LARGE, ids=str)
 def test_maxima_of_blocks(shape, block):
     if isinstance(block, tuple) and len(block) > len(shape):
