@@ -14,6 +14,12 @@ import numpy as np
 from jax import lax
 
 
+class Static(NamedTuple):
+    """An argument that is no array."""
+
+    value: Any
+
+
 class Step(NamedTuple):
     """An operation of a program: its inputs are constants, or positions among the arguments and the results so far."""
 
@@ -22,19 +28,23 @@ class Step(NamedTuple):
     inputs: tuple[int | np.ndarray, ...]
 
 
-def elementwise(fn: Callable, *arrays, static: tuple = ()):
-    """Returns ``fn(*arrays, *static)`` of arrays of one shape, where fn works on each of their elements by itself.
+def elementwise(fn: Callable, *args):
+    """Returns ``fn(*args)``, where fn works on each element of the arrays among ``args`` by itself.
 
     Args:
-      fn: hashable, as are ``static``; of numbers it makes a number.
+      fn: hashable; of numbers in the place of arrays it makes a number, or a tree of them.
+      args: trees of arrays, all of one shape, and of hashable things.
     """
-    steps, result = _program(fn, tuple(x.dtype for x in arrays), static, jax.dtypes.canonicalize_dtype(np.float64))
-    axes = frozenset().union(*(varying(jax.typeof(x)) for x in arrays))
-    values = [_varied(x, axes) for x in arrays]
+    leaves, structure = jax.tree.flatten(args)
+    values = [x for x in leaves if isinstance(x, jax.Array)]
+    kinds = tuple(x.dtype if isinstance(x, jax.Array) else Static(x) for x in leaves)
+    steps, results, tree = _program(fn, structure, kinds, jax.dtypes.canonicalize_dtype(np.float64))
+    axes = frozenset().union(*(varying(jax.typeof(x)) for x in values))
+    values = [_varied(x, axes) for x in values]
     for function, params, inputs in steps:
         operands = (values[i] if isinstance(i, int) else _varied(i, axes) for i in inputs)
         values.append(function(*operands, **params))
-    return values[result]
+    return tree.unflatten([values[i] if isinstance(i, int) else i for i in results])
 
 
 # A function of its own: outside, arrays of constants would be values that a scan hands from step to step.
@@ -56,10 +66,22 @@ def _varied(x, axes: frozenset[str]):
 
 
 @functools.lru_cache(maxsize=1024)
-def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[Step], int]:
-    """Returns the operations of fn on numbers and the position of its result; widest is there to be remembered by."""
-    numbers = [jax.ShapeDtypeStruct((), dtype) for dtype in dtypes]
-    closed = jax.make_jaxpr(lambda *numbers: fn(*numbers, *static))(*numbers)
+def _program(fn: Callable, structure, kinds: tuple, widest):
+    """Returns the operations of fn on numbers, its results, as inputs of steps are, and how they are nested.
+
+    Args:
+      fn: as for ``elementwise``.
+      structure: of its arguments.
+      kinds: for each leaf of them the dtype of an array, or what is static.
+      widest: what is traced depends on it.
+    """
+
+    def of_numbers(*numbers):
+        left = iter(numbers)
+        return fn(*structure.unflatten(kind.value if isinstance(kind, Static) else next(left) for kind in kinds))
+
+    dtypes = [kind for kind in kinds if not isinstance(kind, Static)]
+    closed, shape = jax.make_jaxpr(of_numbers, return_shape=True)(*(jax.ShapeDtypeStruct((), d) for d in dtypes))
     steps: list[Step] = []
 
     def run(closed, values) -> list[int | np.ndarray]:
@@ -74,8 +96,10 @@ def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[S
             inputs = [read(v) for v in eqn.invars]
             if "jaxpr" in eqn.params:
                 results = run(eqn.params["jaxpr"], inputs)
+            elif eqn.primitive is lax.select_n_p and not isinstance(inputs[0], int):
+                results = [inputs[1 + int(inputs[0])]]
             elif any(isinstance(x, int) for x in inputs):
-                selects = eqn.primitive is lax.select_n_p and isinstance(inputs[0], int)
+                selects = eqn.primitive is lax.select_n_p
                 function, params = _select if selects else eqn.primitive.bind, eqn.params
                 if eqn.primitive is lax.not_p and eqn.invars[0].aval.dtype == bool:
                     # Mosaic GPU has no complement of booleans.
@@ -88,14 +112,13 @@ def _program(fn: Callable, dtypes: tuple, static: tuple, widest) -> tuple[list[S
             known.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    (result,) = run(closed, range(len(dtypes)))
-    assert isinstance(result, int), "the result is a constant"
-    return _living(steps, result, len(dtypes))
+    results = run(closed, range(len(dtypes)))
+    return *_living(steps, results, len(dtypes)), jax.tree.structure(shape)
 
 
-def _living(steps: list[Step], result: int, arguments: int) -> tuple[list[Step], int]:
-    """Returns the steps that the result needs, and its position among them."""
-    needed = {result}
+def _living(steps: list[Step], results: list[int | np.ndarray], arguments: int):
+    """Returns the steps that results need, and their positions among them; constants as they are."""
+    needed = {i for i in results if isinstance(i, int)}
     for i in reversed(range(len(steps))):
         if arguments + i in needed:
             needed.update(j for j in steps[i].inputs if isinstance(j, int))
@@ -105,4 +128,4 @@ def _living(steps: list[Step], result: int, arguments: int) -> tuple[list[Step],
         if i in needed:
             moved[i] = arguments + len(living)
             living.append(step._replace(inputs=tuple(moved[j] if isinstance(j, int) else j for j in step.inputs)))
-    return living, moved[result]
+    return living, [moved[i] if isinstance(i, int) else i for i in results]

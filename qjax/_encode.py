@@ -15,6 +15,7 @@ from qjax import _carrier, _packing
 from qjax._blocks import Rows, blocks_of
 from qjax._carrier import Carrier
 from qjax._chop import RoundingLike, _checked, random
+from qjax._elementwise import elementwise
 from qjax._modes import Rounding
 from qjax._scaled import Mode, Parts, _hold, multiply, once_per_block, quantize
 from qjax.formats import FP32, FP64, Codebook, Fixed, Float, Format, Scaled
@@ -159,7 +160,7 @@ def _encode(x, scale, key, words, *, mode: Mode, bits: int) -> QTensor:
 
 def _stored(parts: Parts, fmt: Format, x, mode: Mode) -> QTensor:
     element, c = _element(fmt), _carrier.carrier(x.dtype)
-    codes = _codes(parts.elements, element, parts.shift, c)
+    codes = elementwise(_codes, parts.elements, element, parts.shift, c)
     scales, zero_points, level = [], [], fmt
     for scale in parts.scales:
         assert isinstance(level, Scaled)
@@ -175,7 +176,7 @@ def _stored(parts: Parts, fmt: Format, x, mode: Mode) -> QTensor:
 
 
 def _codes(elements, fmt: Float | Fixed | Codebook, shift, c: Carrier):
-    """Returns the codes of elements that are ``2^shift`` times values of the format."""
+    """Returns the codes of numbers that are ``2^shift`` times values of the format."""
     if isinstance(fmt, Codebook):
         return (elements.astype(jnp.uint32) + np.uint32(fmt.first_code)) & np.uint32(2**fmt.bits - 1)
     bits = _carrier.to_bits(elements, c)
@@ -294,6 +295,10 @@ def _values(codes, fmt: Float | Fixed | Codebook, shift, c: Carrier):
         table = np.concatenate([table, np.full(2**fmt.bits - len(table), np.nan, c.float)])
         # Looked up as bits: XLA would keep both the number and its bits, 4 bytes an element each.
         return _carrier.from_bits(jnp.asarray(table.view(c.uint))[position], c)
+    return elementwise(_value, codes, fmt, shift, c)
+
+
+def _value(codes, fmt: Float | Fixed, shift, c: Carrier):
     if isinstance(fmt, Fixed):
         up = c.width - fmt.bits
         integer = (codes << up).astype(c.int) >> up if fmt.signed else codes

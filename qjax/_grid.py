@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,32 @@ import numpy as np
 from jax import lax
 
 from qjax._carrier import Carrier, compose, static_bits
+from qjax._elementwise import elementwise
 from qjax._modes import Rounding
 from qjax.formats import Fixed, Float
 
 _BY_PARITY = (Rounding.NEAREST_EVEN, Rounding.NEAREST_ODD, Rounding.TO_ODD)
+
+
+class Numbers(NamedTuple):
+    """What a ``Grid`` has at each element, ints or arrays.
+
+    Attributes:
+      shift: exponent of the scale, where it is asked for.
+      room: the width of the carrier less the exponent field of ``2^m`` of the finest spacings, m the mantissa bits of
+        the carrier.
+      parity: that of the code at the finest spacing, as what stays of a pattern would have it.
+      smallest: the pattern of the smallest value.
+      edge: what modes compare with below it: half of it, itself in stochastic modes, 0 there if it is one of many.
+      bounds: the patterns of the largest value and, where it differs, of the magnitude of the lowest.
+    """
+
+    shift: Any
+    room: Any
+    parity: Any
+    smallest: Any
+    edge: Any
+    bounds: tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,36 +45,31 @@ class Grid:
 
     Attributes:
       fmt: the format.
+      rounding: the mode.
       mantissa_bits: of the format, as many as the dtype has.
-      shift: exponent of the scale, an int, or an array with one for each element.
-      is_static: whether it was an int.
-      power: exponent of the smallest value, without the shift.
+      top: exponent of the largest power of two that the dtype has.
+      grain: the smallest value, without the shift.
       wide: whether subnormals of the carrier are given exponent fields below 1; else they are rounded as the integers
         that they are, while their spacing in the format is one.
       least_field: the least exponent field of normal numbers of the format.
-      finest: exponent field of ``2^m`` of the finest spacings, m the mantissa bits of the carrier, if static.
-      first: the pattern of the first number above 0.
-      room: the width of the carrier less ``finest``.
-      parity: that of the code at the finest spacing, as what stays of a pattern would have it.
-      smallest: that of the smallest value.
-      edge: what modes compare with below it: half of it, itself in stochastic modes, 0 there if it is one of many.
-      bounds: those of the largest value and, where it differs, the magnitude of the lowest.
+      is_static: whether the shift is an int.
+      at: what the shift decides, once it is known.
     """
 
     fmt: Float | Fixed
+    rounding: Rounding
     mantissa_bits: int
-    shift: Any
-    is_static: bool
-    power: int
+    top: int
+    grain: float
     wide: bool
     least_field: int
-    finest: Any
-    first: Any
-    room: Any
-    parity: Any
-    smallest: Any
-    edge: Any
-    bounds: Sequence[Any]
+    is_static: bool
+    at: Any = None
+
+    @property
+    def power(self) -> int:
+        """The exponent of the smallest value, without the shift."""
+        return math.frexp(self.grain)[1] - 1
 
     @property
     def has_subnormals(self) -> bool:
@@ -62,80 +79,84 @@ class Grid:
     def has_zero(self) -> bool:
         return not isinstance(self.fmt, Float) or self.fmt.has_zero
 
+    def first(self, c: Carrier):
+        """Returns the pattern of the first number above 0."""
+        return c.int((1 - c.mantissa_bits) << c.mantissa_bits) if self.wide else c.int(1)
+
+    def finest(self, c: Carrier):
+        """Returns the exponent field of ``2^m`` of the finest spacings, m the mantissa bits of the carrier."""
+        return c.width - self.at.room
+
     def coarse(self, c: Carrier, by: int = 1) -> bool:
         """Returns whether the finest spacing is surely over ``2^by`` times that of the carrier's subnormals.
 
         Else 0 and the smallest value may be numbers like the others.
         """
-        return self.is_static and not self.wide and self.finest - c.mantissa_bits > by
+        return self.is_static and not self.wide and self.finest(c) - c.mantissa_bits > by
 
     def fewest(self, c: Carrier) -> int:
         """Returns how many bits go at least, of numbers that do not saturate."""
         if self.is_static and isinstance(self.fmt, Fixed) and self.fmt.overflow == "saturate":
-            return min(max(self.finest + 1 - self.field_beyond(c), 0), c.mantissa_bits)
+            return min(max(self.finest(c) + 1 - self.field_beyond(c), 0), c.mantissa_bits)
         return c.mantissa_bits - self.mantissa_bits
 
     def field_beyond(self, c: Carrier) -> int:
         """Returns the exponent field of the first power of two above all values, if static."""
-        return max(math.frexp(self.fmt.max)[1], math.frexp(-self.fmt.min)[1]) + self.shift + c.bias
+        return max(math.frexp(self.fmt.max)[1], math.frexp(-self.fmt.min)[1]) + self.at.shift + c.bias
 
 
-def grid_of(
-    fmt: Float | Fixed, rounding: Rounding, shift, least_shift: int, held, spread: Callable[[Any], Any], c: Carrier
-) -> Grid:
-    """Returns the grid for a mode; the arguments are those of ``round_to``, ``held`` the finfo of its dtype."""
+def grid_of(fmt: Float | Fixed, rounding: Rounding, shift, least_shift: int, held, c: Carrier) -> Grid:
+    """Returns the grid for a mode, without its numbers.
+
+    Args:
+      shift: exponent of the scale, an int, or an array.
+      least_shift: the least that an array holds.
+      held: the finfo of the dtype that holds the result.
+    """
     is_static = isinstance(shift, int)
     mantissa_bits = min(fmt.mantissa_bits, held.nmant) if isinstance(fmt, Float) else held.nmant
-    precision, top = mantissa_bits + 1, held.maxexp - 1
     grain = fmt.smallest_subnormal if isinstance(fmt, Float) else fmt.eps
     if is_static:
         grain, least_shift = max(grain, float(held.smallest_subnormal)), shift
-    hidden = c.int(1 << c.mantissa_bits)
-    finest = fmt.quantum_exponent + shift + c.bias + c.mantissa_bits
     least_field, has_tail = 1, True
     if isinstance(fmt, Float):
         least_field, has_tail = fmt.emin + least_shift + c.bias, fmt.subnormals is True or not fmt.has_zero
     wide = least_field < (0 if has_tail else 2)
-    if wide:
-        first = c.int((1 - c.mantissa_bits) << c.mantissa_bits)
-        smallest = _pattern(*_ratio(grain, mantissa_bits), shift, c)
-        edge = smallest if rounding.is_stochastic else smallest - hidden
+    return Grid(fmt, rounding, mantissa_bits, held.maxexp - 1, grain, wide, least_field, is_static)
+
+
+def numbers_of_blocks(shift, grid: Grid, spread: Callable[[Any], Any], c: Carrier) -> Numbers:
+    """Returns the numbers of a grid at each element, from shifts that blocks share; what is constant is an int."""
+    numbers = elementwise(numbers_of, shift, grid, c)
+    if not (isinstance(grid.fmt, Float) and grid.fmt.subnormals == "normal"):
+        numbers = numbers._replace(shift=0)
+    leaves, structure = jax.tree.flatten(numbers)
+    arrays = iter(once(*(x for x in leaves if isinstance(x, jax.Array))))
+    return structure.unflatten([spread(next(arrays)) if isinstance(x, jax.Array) else int(x) for x in leaves])
+
+
+def numbers_of(shift, grid: Grid, c: Carrier) -> Numbers:
+    """Returns the numbers of a grid for a shift, an int or a number."""
+    fmt, mantissa_bits = grid.fmt, grid.mantissa_bits
+    hidden = c.int(1 << c.mantissa_bits)
+    finest = fmt.quantum_exponent + shift + c.bias + c.mantissa_bits
+    if grid.wide:
+        smallest = _pattern(*_ratio(grid.grain, mantissa_bits), shift, c)
+        edge = smallest if grid.rounding.is_stochastic else smallest - hidden
     else:
-        finest = max(finest, 1) if is_static else jnp.maximum(finest, 1)
-        first = c.int(1)
-        smallest = jnp.maximum(_bits(*_ratio(grain, mantissa_bits), shift, c), first)
-        in_place, beside = (0, smallest) if rounding.is_stochastic else (smallest >> 1, smallest - hidden)
+        finest = max(finest, 1) if grid.is_static else jnp.maximum(finest, 1)
+        smallest = jnp.maximum(_bits(*_ratio(grid.grain, mantissa_bits), shift, c), grid.first(c))
+        in_place, beside = (0, smallest) if grid.rounding.is_stochastic else (smallest >> 1, smallest - hidden)
         edge = jnp.where(smallest < 2 * hidden, in_place, beside)
     ends = [fmt._split(fmt.max_code)] if isinstance(fmt, Float) else []
     if isinstance(fmt, Fixed):
         ends = [(end, fmt.quantum_exponent) for end in dict.fromkeys((fmt.max_integer, -fmt.min_integer))]
-    bounds = [_bound(*end, shift, precision, top, c, on_grid=isinstance(fmt, Fixed)) for end in ends]
+    bounds = [_bound(*end, shift, mantissa_bits + 1, grid.top, c, on_grid=isinstance(fmt, Fixed)) for end in ends]
     # The code is odd at the finest spacing, or even where the codes of normal numbers start at 0.
     parity = 0
-    if rounding in _BY_PARITY:
+    if grid.rounding in _BY_PARITY:
         parity = finest - c.mantissa_bits + int(not isinstance(fmt, Float) or fmt.subnormals != "normal") & 1
-    values = (c.width - finest, parity, smallest, edge, *bounds)
-    if not is_static:
-        used = isinstance(fmt, Float) and fmt.subnormals == "normal"
-        shift, *values = _spread_once(spread, shift if used else 0, *values)
-    room, parity, smallest, edge, *bounds = values
-    power = math.frexp(grain)[1] - 1
-    return Grid(
-        fmt,
-        mantissa_bits,
-        shift,
-        is_static,
-        power,
-        wide,
-        least_field,
-        finest,
-        first,
-        room,
-        parity,
-        smallest,
-        edge,
-        bounds,
-    )
+    return Numbers(shift, c.width - finest, parity, smallest, edge, tuple(bounds))
 
 
 def once(*block_values):
@@ -152,12 +173,6 @@ def once(*block_values):
         lambda left, right: tuple(map(lax.max, left, right)),
         (first.ndim,),
     )
-
-
-def _spread_once(spread, *block_values):
-    """Returns arrays computed once a block and spread over its elements; other values as they are."""
-    values = iter(once(*(value for value in block_values if isinstance(value, jax.Array))))
-    return [spread(next(values)) if isinstance(value, jax.Array) else value for value in block_values]
 
 
 def _ratio(value: float, mantissa_bits: int) -> tuple[int, int]:

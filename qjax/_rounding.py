@@ -5,12 +5,14 @@ floats; the one sum of floats, in ``_nearest_by_sum``, is proof against both. Th
 and inside a Pallas body.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from qjax._carrier import Carrier, carrier, compose, decompose, from_bits, to_bits
 from qjax._elementwise import elementwise
-from qjax._grid import Grid, grid_of
+from qjax._grid import Grid, grid_of, numbers_of, numbers_of_blocks
 from qjax._modes import Random, Rounding, as_proportional, bump, goes_up, least_up
 from qjax.formats import Fixed, Float
 
@@ -45,22 +47,15 @@ def round_to(
     exponent of the finest spacing. So the low ``max(carrier's m - m, q - exponent of the lowest bit)`` bits go, in
     place: a carry runs into the exponent, as it should. Below the smallest value there are only 0 and that value.
     """
-    dtype = jnp.dtype(dtype or x.dtype)
-    if not isinstance(shift, int):
-        return _round(x, fmt, rounding, random, saturate, shift, least_shift, spread, dtype, may_be_nan)
-    drawn, bits = ((), 0) if random is None else ((random.words,), random.bits)
-    return elementwise(_round_numbers, x, *drawn, static=(fmt, rounding, bits, saturate, shift, dtype, may_be_nan))
+    c, held = carrier(x.dtype), jnp.finfo(jnp.dtype(dtype or x.dtype))
+    grid = grid_of(fmt, rounding, shift, least_shift, held, c)
+    at = shift if grid.is_static else numbers_of_blocks(shift, grid, spread, c)
+    return elementwise(_round, x, random, grid, at, saturate, may_be_nan)
 
 
-def _round_numbers(x, *words_and_static):
-    *words, fmt, rounding, bits, saturate, shift, dtype, may_be_nan = words_and_static
-    random = Random(words[0], bits) if words else None
-    return _round(x, fmt, rounding, random, saturate, shift, 0, None, dtype, may_be_nan)
-
-
-def _round(x, fmt, rounding, random: Random | None, saturate, shift, least_shift, spread, dtype, may_be_nan):
-    c = carrier(x.dtype)
-    grid = grid_of(fmt, rounding, shift, least_shift, jnp.finfo(dtype), spread, c)
+def _round(x, random: Random | None, grid: Grid, at, saturate: bool, may_be_nan: bool):
+    c, fmt, rounding = carrier(x.dtype), grid.fmt, grid.rounding
+    grid = dataclasses.replace(grid, at=numbers_of(at, grid, c) if grid.is_static else at)
     bits = to_bits(x, c)
     magnitude, sign = bits & c.uint(c.sign - 1), bits & c.uint(c.sign)
     negative = sign != 0
@@ -75,24 +70,24 @@ def _round(x, fmt, rounding, random: Random | None, saturate, shift, least_shift
     # the smallest value are numbers like the others.
     in_place = grid.is_static and not (grid.wide or grid.coarse(c)) and grid.has_subnormals and grid.mantissa_bits > 0
     if rounding is Rounding.NEAREST_EVEN and _sum_rounds(grid, c):
-        rounded, zero, in_place = _nearest_by_sum(pattern, grid, c), pattern <= grid.edge, grid.has_subnormals
+        rounded, zero, in_place = _nearest_by_sum(pattern, grid, c), pattern <= grid.at.edge, grid.has_subnormals
     else:
         rounded, zero = _by_bits(pattern, grid, rounding, negative, random, c)
     if grid.wide:
-        rounded = jnp.maximum(rounded, grid.smallest)
+        rounded = jnp.maximum(rounded, grid.at.smallest)
         down = 1 - (rounded >> c.mantissa_bits)
         denormalized = ((rounded & (hidden - 1)) | hidden) >> jnp.clip(down, 0, c.width - 1)
         rounded = jnp.where(down > 0, denormalized, rounded)
     rounded = rounded.astype(c.uint)
     if not (grid.wide or in_place):
         # Compared without a sign, which a NaN may have reached.
-        rounded = jnp.maximum(rounded, grid.smallest.astype(c.uint))
+        rounded = jnp.maximum(rounded, grid.at.smallest.astype(c.uint))
     if not grid.has_zero or in_place:
         zero = rounded == 0
-    if grid.is_static and grid.finest > 2 * c.bias + c.mantissa_bits:
+    if grid.is_static and grid.finest(c) > 2 * c.bias + c.mantissa_bits:
         rounded = jnp.where(magnitude < c.uint(c.inf), rounded, c.uint(c.inf))
 
-    largest, *lowest = (bound.astype(c.uint) for bound in grid.bounds)
+    largest, *lowest = (bound.astype(c.uint) for bound in grid.at.bounds)
     if lowest:
         largest = jnp.where(negative, lowest[0], largest)
     if isinstance(fmt, Fixed) and fmt.overflow == "wrap":
@@ -105,14 +100,14 @@ def _round(x, fmt, rounding, random: Random | None, saturate, shift, least_shift
         if grid.has_zero and not in_place:
             rounded = jnp.where(zero, least, rounded)
         if not grid.has_zero:
-            exponent = jnp.asarray(grid.power + grid.shift, c.int)
+            exponent = jnp.asarray(grid.power + grid.at.shift, c.int)
             least = compose(jnp.ones_like(exponent), exponent, c)
             rounded = jnp.maximum(rounded, least)
         nan = magnitude > c.uint(c.inf) if may_be_nan else jnp.zeros_like(negative)
         saturate = saturate or not grid.is_static
         result = _special(rounded, magnitude, sign, least, largest, nan, fmt, rounding, saturate, c)
     if not grid.is_static:
-        scale_is_nan = c.width - grid.room - (fmt.quantum_exponent + c.mantissa_bits) > 2 * c.bias
+        scale_is_nan = c.width - grid.at.room - (fmt.quantum_exponent + c.mantissa_bits) > 2 * c.bias
         result = jnp.where(scale_is_nan, c.uint(c.nan), result)
     return from_bits(result, c)
 
@@ -126,7 +121,7 @@ def _by_bits(pattern, grid: Grid, rounding: Rounding, negative, random: Random |
     # Whether the subnormals of the carrier are too small to count, for a stochastic mode too.
     far = grid.coarse(c, by=c.width)
     normal = field if grid.wide or far else jnp.maximum(field, 1)
-    stay, most = normal + grid.room, c.width - grid.fewest(c)
+    stay, most = normal + grid.at.room, c.width - grid.fewest(c)
     if grid.least_field == 0 and not grid.wide:
         # The subnormals of the carrier have half the spacing of its first normal numbers.
         most = most + (field == 0).astype(c.int)
@@ -137,8 +132,8 @@ def _by_bits(pattern, grid: Grid, rounding: Rounding, negative, random: Random |
         # Where all bits but the hidden one go, the lowest bit of the exponent stands for it, that is for the parity of
         # the code.
         last = (c.width - stay).astype(c.int) if grid.mantissa_bits > 0 else c.mantissa_bits
-        odd = (pattern + (grid.parity << c.mantissa_bits)) >> last & 1
-        zero = pattern < least_up(rounding, grid.first, grid.edge, grid.smallest, negative)
+        odd = (pattern + (grid.at.parity << c.mantissa_bits)) >> last & 1
+        zero = pattern < least_up(rounding, grid.first(c), grid.at.edge, grid.at.smallest, negative)
         return (pattern + bump(rounding, mask, odd, negative)) & ~mask, zero
 
     assert random is not None
@@ -150,17 +145,17 @@ def _by_bits(pattern, grid: Grid, rounding: Rounding, negative, random: Random |
         added = jnp.where(goes_up(rounding, fraction, random, c), mask, 0)
     rounded = (pattern + added) & ~mask
     if far and rounding is Rounding.STOCHASTIC and _floats_compare(grid, c):
-        return rounded, _goes_to_zero(pattern, grid.power + grid.shift, random.words, c)
+        return rounded, _goes_to_zero(pattern, grid.power + grid.at.shift, random.words, c)
     hidden = c.int(1 << c.mantissa_bits)
     significand = (pattern & (hidden - 1)) | hidden
-    small = pattern < grid.first if grid.wide else field == 0
+    small = pattern < grid.first(c) if grid.wide else field == 0
     significand = jnp.where(small, 0 if grid.wide else pattern, significand)
     if isinstance(grid.fmt, Float) and grid.fmt.subnormals == "normal" and grid.mantissa_bits > 0:
-        first_field = grid.fmt.emin + c.bias + grid.shift
+        first_field = grid.fmt.emin + c.bias + grid.at.shift
         fraction = _fraction_of_odd(significand, normal, first_field, grid.mantissa_bits, c)
     else:
         fraction = _fraction_of_power(significand, above, rounding is not Rounding.STOCHASTIC, c)
-    return rounded, (pattern < grid.edge) & ~goes_up(rounding, fraction, random, c)
+    return rounded, (pattern < grid.at.edge) & ~goes_up(rounding, fraction, random, c)
 
 
 def _special(
@@ -212,7 +207,7 @@ def _sum_rounds(grid: Grid, c: Carrier) -> bool:
         return False
     if isinstance(grid.fmt, Float):
         return grid.fmt.mantissa_bits > 0 and grid.field_beyond(c) + grid.fewest(c) <= 2 * c.bias
-    return grid.fmt.overflow == "saturate" and grid.field_beyond(c) < grid.finest <= 2 * c.bias
+    return grid.fmt.overflow == "saturate" and grid.field_beyond(c) < grid.finest(c) <= 2 * c.bias
 
 
 def _nearest_by_sum(pattern, grid: Grid, c: Carrier):
@@ -223,7 +218,7 @@ def _nearest_by_sum(pattern, grid: Grid, c: Carrier):
     that re-associates. Subnormals of the carrier, which it may flush, are too small to count.
     """
     pattern = jnp.minimum(pattern, c.int(grid.field_beyond(c) << c.mantissa_bits))
-    power = c.int(grid.finest << c.mantissa_bits)
+    power = c.int(grid.finest(c) << c.mantissa_bits)
     if isinstance(grid.fmt, Float):
         power = jnp.maximum((pattern & c.int(c.inf)) + c.int(grid.fewest(c) << c.mantissa_bits), power)
     total = to_bits(from_bits(pattern, c) + from_bits(power, c), c).astype(c.int)
@@ -235,7 +230,7 @@ def _floats_compare(grid: Grid, c: Carrier) -> bool:
     """Returns whether ``_goes_to_zero`` may be used for a grid on which subnormals of the carrier do not count."""
     is_power = isinstance(grid.fmt, Fixed) or grid.fmt.subnormals != "normal" or grid.mantissa_bits == 0
     # TPUs emulate float64.
-    return is_power and c.width == 32 and grid.power + grid.shift < c.bias + c.width
+    return is_power and c.width == 32 and grid.power + grid.at.shift < c.bias + c.width
 
 
 def _goes_to_zero(pattern, power: int, words, c: Carrier):

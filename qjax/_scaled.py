@@ -10,6 +10,7 @@ from jax import lax
 from qjax import _carrier, _rounding
 from qjax._blocks import Blocks, blocks_of
 from qjax._codebook import round_to_codebook
+from qjax._elementwise import elementwise
 from qjax._grid import once
 from qjax._modes import Random, Rounding
 from qjax._split import Split, names_of
@@ -103,7 +104,9 @@ def _scale_of(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random: Random
     largest = _over_devices(_largest(x, blocks), fmt, inner)
     if isinstance(fmt.rule, Rms):
         return _rms_scale(x, largest, fmt, fmt.rule, blocks)
-    return _best_scale(x, largest, fmt, blocks, inner, random) if fmt.rule == "mse" else _rule(largest, fmt)
+    if fmt.rule == "mse":
+        return _best_scale(x, largest, fmt, blocks, inner, random)
+    return elementwise(_rule, largest, fmt)
 
 
 def _quantize_with(
@@ -112,7 +115,7 @@ def _quantize_with(
     """Returns x quantized with the given scale of each block."""
     c = _carrier.carrier(x.dtype)
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
-        shift = _carrier.exponent(_carrier.to_bits(scale, c), c)
+        shift = elementwise(_exponent, scale)
         elements = _rounding.round_to(
             x,
             fmt.element,
@@ -131,6 +134,11 @@ def _quantize_with(
     spread = blocks.spread(scale)
     value, parts = quantize(_divide(x, spread), inner._replace(dtype=x.dtype), random=random)
     return _hold(multiply(value, spread), inner.dtype), parts._replace(scales=(scale, *parts.scales))
+
+
+def _exponent(scale):
+    c = _carrier.carrier(scale.dtype)
+    return _carrier.exponent(_carrier.to_bits(scale, c), c)
 
 
 def once_per_block(scale):
