@@ -13,7 +13,8 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A program that several tests compile is compiled once, and kept for as long as this process runs: a fifth of the time.
+# A program that several tests need is compiled once. The directory is this process's own, so that no test depends on
+# what another run left.
 PROGRAMS = tempfile.TemporaryDirectory(prefix="qjax-programs-")
 jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
