@@ -25,8 +25,8 @@ def layer_norm(
       epsilon: as for ``flax.linen.LayerNorm``.
 
     >>> import jax.numpy as jnp, qjax.unit_scaling as us
-    >>> us.layer_norm(jnp.array([1.0, 3.0], jnp.float32))
-    Array([-0.9999995,  0.9999995], dtype=float32)
+    >>> [f"{v:.3f}" for v in us.layer_norm(jnp.array([1.0, 3.0], jnp.float32))]
+    ['-1.000', '1.000']
 
     Source: Blake, Orr, Luschi (2023), https://arxiv.org/abs/2303.11257, section 4.
     """
