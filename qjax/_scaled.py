@@ -115,7 +115,7 @@ def _quantize_with(
     """Returns x quantized with the given scale of each block."""
     c = _carrier.carrier(x.dtype)
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
-        shift = elementwise(_exponent, scale)
+        shift = elementwise(_carrier.exponent, _carrier.to_bits(scale, c), c)
         elements = _rounding.round_to(
             x,
             fmt.element,
@@ -134,11 +134,6 @@ def _quantize_with(
     spread = blocks.spread(scale)
     value, parts = quantize(_divide(x, spread), inner._replace(dtype=x.dtype), random=random)
     return _hold(multiply(value, spread), inner.dtype), parts._replace(scales=(scale, *parts.scales))
-
-
-def _exponent(scale):
-    c = _carrier.carrier(scale.dtype)
-    return _carrier.exponent(_carrier.to_bits(scale, c), c)
 
 
 def once_per_block(scale):
