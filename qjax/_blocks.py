@@ -78,9 +78,9 @@ class Blocks(NamedTuple):
     def spread(self, scales):
         """Returns an array of shape ``counts`` with its entry for every element, in ``shape``."""
         view, within = self._view
-        kept = scales.reshape(tuple(1 if axis in within else n for axis, n in enumerate(view)))
+        kept = tuple(axis for axis in range(len(view)) if axis not in within)
         whole = tuple(count * size for count, size in zip(self.counts, self.sizes, strict=True))
-        x = jnp.broadcast_to(kept, view).reshape(whole)
+        x = lax.broadcast_in_dim(scales.reshape(tuple(view[axis] for axis in kept)), view, kept).reshape(whole)
         return x if whole == self.shape else x[tuple(slice(0, n) for n in self.shape)]
 
 

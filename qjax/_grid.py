@@ -165,10 +165,11 @@ def once(*block_values):
     XLA fuses what it can into the work on every element, through optimization barriers too, but not a reduction.
     """
     first = block_values[0]
-    pair = lax.broadcasted_iota(first.dtype, (*first.shape, 2), first.ndim)
+    shape = (*first.shape, 2)
+    pair = lax.broadcasted_iota(first.dtype, shape, first.ndim)
     least = np.array(jnp.iinfo(first.dtype).min, first.dtype)
     return lax.reduce(
-        [values[..., None] - pair for values in block_values],
+        [lax.broadcast_in_dim(values, shape, range(first.ndim)) - pair for values in block_values],
         [least] * len(block_values),
         lambda left, right: tuple(map(lax.max, left, right)),
         (first.ndim,),

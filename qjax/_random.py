@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qjax._elementwise import elementwise
 from qjax._split import Split
 
 # Of Threefry-2x32: Salmon et al. (2011), Parallel random numbers, https://doi.org/10.1145/2063384.2063405, table 2.
@@ -29,9 +30,14 @@ def key_words(key, count: int = 4) -> jax.Array:
         return key.words[:count]
     if jax.random.key_impl(key) != "threefry2x32":
         return jax.random.bits(key, (count,), jnp.uint32)
-    key = jax.random.key_data(key)
-    schedule = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
-    left, right = jnp.zeros(count, jnp.uint32) + schedule[0], jnp.arange(count, dtype=jnp.uint32) + schedule[1]
+    first, second = (lax.broadcast(word, (count,)) for word in jax.random.key_data(key))
+    return elementwise(_threefry, first, second, lax.iota(jnp.uint32, count))
+
+
+def _threefry(first, second, counter):
+    """Returns the halves, XORed, of Threefry-2x32 of the counter (0, ``counter``) with a key of two words."""
+    schedule = (first, second, first ^ second ^ np.uint32(0x1BD11BDA))
+    left, right = schedule[0], counter + schedule[1]
     for i in range(5):
         for turn in _TURNS[i % 2]:
             left = left + right

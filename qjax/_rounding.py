@@ -196,7 +196,9 @@ def _special(
     elif saturate:
         result = jnp.where(negative, lowest, result)
     else:
-        nan = nan | negative & ((result if fmt.has_zero else magnitude) != 0)
+        # As unsigned numbers, negative ones and NaNs are above infinity.
+        outside = (magnitude | sign > inf) & ((result if fmt.has_zero else magnitude) != 0)
+        nan = outside if fmt.has_inf else nan | outside
     return jnp.where(nan, c.uint(c.nan) if fmt.has_nan else largest, result)
 
 
