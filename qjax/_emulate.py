@@ -177,7 +177,7 @@ def _each(quantizer: Quantizer | None, arrays, key) -> list:
 
 
 # Functions of this library that round bit patterns, by the names that jit gives them.
-_OWN = frozenset(("_chop", "_encode", "_decode", "_quantized_product", "_product_backward"))
+_OWN = frozenset(("_chop", "_encode", "_decode", "_expanded", "_contracted", "_quantized_product", "_product_backward"))
 
 
 class Planned(NamedTuple):

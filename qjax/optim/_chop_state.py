@@ -1,5 +1,6 @@
 """Optimizer states in real low-precision storage."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,7 +23,12 @@ class ChoppedState(NamedTuple):
 
 
 def chop_state(
-    tx: optax.GradientTransformation, rule: Rule, *, min_size: int = 0, key: jax.Array | None = None
+    tx: optax.GradientTransformation,
+    rule: Rule,
+    *,
+    min_size: int = 0,
+    key: jax.Array | None = None,
+    remat: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns a transformation whose state is held in low precision between steps, as codes and scales, and else tx.
 
@@ -37,6 +43,9 @@ def chop_state(
         Blocks lie along the last axis where it is a multiple of the block, else over all elements.
       min_size: arrays with fewer elements stay as they are.
       key: the PRNG key, if a rounding is stochastic; each step and each array draws anew.
+      remat: whether a compiled step decodes what is ``Expanded`` anew, and runs tx anew, for the updates, for the
+        scales and for the codes. That is faster for a tx of few operations an element, such as
+        ``optax.scale_by_adam``: what three loops read XLA stores, in full precision.
 
     Raises:
       ValueError: for a pattern that is no regular expression, in ``init`` for one that matches no array, and for a
@@ -58,13 +67,19 @@ def chop_state(
         storages = rules.storages(inner)
         if rules.known is None:
             check_key("chop_state", [s.is_stochastic for s in storages if s is not None], key)
-        return ChoppedState(_held(inner, storages, first_key(key)), first_key(key))
+        return ChoppedState(_held(inner, inner, storages, first_key(key)), first_key(key))
 
     def update(updates, state, params=None, **extra_args):
         key, own = next_key(state.key)
-        inner = jax.tree.map(_free, state.inner, is_leaf=lambda x: isinstance(x, Stored))
-        updates, inner = tx.update(updates, inner, params, **extra_args)
-        return updates, ChoppedState(_held(inner, rules.storages(inner), own), key)
+
+        def updated(reading: int):
+            free = functools.partial(_free, reading=reading)
+            inner = jax.tree.map(free, state.inner, is_leaf=lambda x: isinstance(x, Stored))
+            return tx.update(updates, inner, params, **extra_args)
+
+        first = updated(0)
+        inner, again = (updated(reading)[1] if remat else first[1] for reading in (1, 2))
+        return first[0], ChoppedState(_held(inner, again, rules.storages(inner), own), key)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -110,15 +125,15 @@ class _Rules:
         return found
 
 
-def _held(state, storages: list[Storage | None], key):
-    numbered = iter(storages)
+def _held(state, again, storages: list[Storage | None], key):
+    each = zip(storages, jax.tree.leaves(again), strict=True)
 
     def hold(x, key):
-        storage = next(numbered)
-        return x if storage is None else stored(storage, x, key if storage.is_stochastic else None)
+        storage, again = next(each)
+        return x if storage is None else stored(storage, x, key if storage.is_stochastic else None, again=again)
 
     return map_with_keys(hold, state, key)
 
 
-def _free(x):
-    return restored(x) if isinstance(x, Stored) else x
+def _free(x, reading: int):
+    return restored(x, reading) if isinstance(x, Stored) else x

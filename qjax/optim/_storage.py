@@ -8,14 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float32
 
 from qjax import _carrier
-from qjax._blocks import blocks_of
-from qjax._encode import QTensor, decode, encode
+from qjax._encode import QTensor, _nan_code, decode
 from qjax._grid import once
+from qjax._packing import pack
 from qjax._quantizer import Quantizer
-from qjax.formats import FP32, Float, Format, Scaled, format
+from qjax.formats import Float, Format, Scaled, format
 from qjax.optim._power import exp2, log2
 
 
@@ -29,7 +30,7 @@ class Expanded:
     and is stored in a byte: the block uses the range that the format has. The way back is ``M (|q| / max)^(1/k)``.
 
     Args:
-      fmt: a ``Float`` of at most 8 bits, or its name.
+      fmt: a ``Float`` of at most 8 bits, with a mantissa and subnormals, or its name.
       block: how many elements along the last axis share M and k.
 
     Arrays are float32. Zeros stay zeros, and subnormals become zeros. A block with a NaN or an infinity becomes NaN.
@@ -55,8 +56,10 @@ class Expanded:
 
     def __init__(self, fmt: Float | str = "e4m3", block: int = 128):
         resolved = format(fmt)
-        if not isinstance(resolved, Float) or resolved.bits > 8:
+        if not isinstance(resolved, Float) or resolved.bits > 8 or not resolved.mantissa_bits:
             raise ValueError(f"Expanded: fmt must be a Float of at most 8 bits, such as 'e4m3', got {fmt!r}.")
+        if resolved.subnormals is not True:
+            raise ValueError(f"Expanded: fmt must have subnormals, as 'e4m3' has, got {fmt!r}.")
         if not isinstance(block, int) or block < 1:
             raise ValueError(f"Expanded: block must be a positive int, got {block!r}.")
         object.__setattr__(self, "fmt", resolved)
@@ -66,11 +69,17 @@ class Expanded:
     def is_stochastic(self) -> bool:
         return False
 
-    def encode(self, x: Float32[Array, "*shape"]) -> "ExpandedTensor":
-        """Returns the storage of x."""
+    def encode(self, x: Float32[Array, "*shape"], again: Float32[Array, "*shape"] | None = None) -> "ExpandedTensor":
+        """Returns the storage of x.
+
+        Args:
+          x: the array.
+          again: x computed another time, from which the codes are made: then XLA need not store x between the loop
+            that finds M and k, and the one over the elements.
+        """
         if x.dtype != jnp.float32:
             raise TypeError(f"Expanded: arrays must be float32, got {x.dtype}; hold it by a Quantizer, or convert it.")
-        return _expanded(self, x)
+        return _expanded(self, x, x if again is None else again)
 
     def __call__(self, x: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
         """Returns what is left of x once stored."""
@@ -78,45 +87,92 @@ class Expanded:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _expanded(expanded: Expanded, x) -> "ExpandedTensor":
-    blocks = _blocks(expanded.block, x.shape)
-    c = _carrier.carrier(x.dtype)
-    size = _carrier.flush(jnp.abs(x))
-    bits = _carrier.to_bits(size, c)
-    top, gap = blocks.maximum(bits), blocks.maximum(jnp.where(bits == 0, 0, c.uint(c.inf) - bits))
-    largest = _carrier.from_bits(top, c)
-    logarithm = log2(jnp.where(top == 0, 1, largest))
-    span = jnp.maximum(logarithm - log2(_carrier.from_bits(c.uint(c.inf) - gap, c)), 1)
-    steps = jnp.clip(jnp.floor(16 * math.log2(expanded.fmt.max**2 / 2) / span), 1, 255).astype(c.int)
-    top, steps, logarithm = once(top.astype(c.int), steps, _carrier.to_bits(logarithm, c).astype(c.int))
-    logarithm = _carrier.from_bits(logarithm.astype(c.uint), c)
-    power = exp2(blocks.spread(steps.astype(c.float) / 16) * (log2(size) - blocks.spread(logarithm)))
-    q = jnp.copysign(jnp.where(bits == 0, 0, power * expanded.fmt.max), x)
+def _expanded(expanded: Expanded, x, again) -> "ExpandedTensor":
+    c, fmt = _carrier.carrier(x.dtype), expanded.fmt
+    bits = _carrier.to_bits(jnp.abs(_in_blocks(x, expanded.block)), c)
+    first = c.uint(1 << c.mantissa_bits)
+    # Both at once: what two loops read, XLA stores. Zeros and subnormals, less the first normal number, are the largest.
+    top, above = lax.reduce(
+        (bits, bits - first),
+        (c.uint(0), c.uint(2**c.width - 1)),
+        lambda left, right: (lax.max(left[0], right[0]), lax.min(left[1], right[1])),
+        (bits.ndim - 1,),
+    )
+    largest = _carrier.flush(_carrier.from_bits(top, c))
+    exponent, fraction = log2(jnp.where(largest == 0, 1, largest))
+    lower, fraction_below = log2(jnp.where(largest == 0, 1, _carrier.from_bits(above + first, c)))
+    span = jnp.maximum((exponent - lower).astype(c.float) + (fraction - fraction_below), 1)
+    steps = jnp.clip(jnp.floor(16 * math.log2(fmt.max**2 / 2) / span), 1, 255).astype(c.int)
+    steps, exponent, fraction = once(steps, exponent, _carrier.to_bits(fraction, c).astype(c.int))
+    codes = _codes(
+        _in_blocks(again, expanded.block),
+        (steps.astype(c.float) / 16)[..., None],
+        exponent[..., None],
+        _carrier.from_bits(fraction.astype(c.uint), c)[..., None],
+        fmt,
+    )
+    values = QTensor(pack(codes, fmt.bits), (), (), fmt, codes.shape[-1], x.dtype, -1)
     largest = jnp.where(top < c.inf, largest, jnp.nan)
-    return ExpandedTensor(encode(q, expanded.fmt), largest, steps.astype(jnp.uint8), expanded.block)
+    return ExpandedTensor(values, largest, steps.astype(jnp.uint8), x.shape[-1] if x.ndim else None)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "largest", "steps"], meta_fields=["block"])
+def _codes(x, power, exponent, fraction, fmt: Float):
+    """Returns the codes of ``max (|x| / M)^power`` with the sign of x, log2(M) given as exponent and fraction.
+
+    In units of the last place a power is its significand and its exponent, that of the smallest normal number at least,
+    counted from there: the code, but for rounding, for which a sum has this unit for the spacing of its result.
+    """
+    c = _carrier.carrier(x.dtype)
+    own, rest = log2(jnp.abs(x), fraction)
+    own, significand = exp2(rest * power + ((own - exponent).astype(c.float) * power + math.log2(fmt.max)))
+    place = jnp.maximum(own, fmt.emin)
+    down = _carrier.to_bits(own - place + c.float(1.5 * 2**c.mantissa_bits), c) << c.mantissa_bits
+    significand = _carrier.from_bits(_carrier.to_bits(significand, c) + down, c)
+    unit = c.float(1.5 * 2 ** (c.mantissa_bits - fmt.mantissa_bits))
+    codes = _carrier.to_bits(significand + (place - fmt.emin + unit), c) - _carrier.to_bits(unit, c)
+    codes = jnp.where(_carrier.flush(jnp.abs(x)) == 0, 0, codes)
+    negative = _carrier.to_bits(x, c) >> (c.width - 1)
+    if fmt.has_negative_zero:
+        return codes | negative << (fmt.bits - 1)
+    minus = codes | c.uint(1 << (fmt.bits - 1)) if fmt.signed else _nan_code(fmt) if fmt.has_nan else 0
+    return jnp.where((negative == 1) & (codes != 0), minus, codes)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "largest", "steps"], meta_fields=["length"])
 @dataclasses.dataclass(frozen=True)
 class ExpandedTensor:
-    """An array in the storage of ``Expanded``: the values q, and M and 16 k of each block."""
+    """An array in the storage of ``Expanded``: the values q, as (..., blocks, entries), and M and 16 k of each block.
+
+    ``length`` is that of the last axis, None for a scalar.
+    """
 
     values: QTensor
     largest: Array
     steps: Array
-    block: int
+    length: int | None
 
-    def decode(self) -> Array:
-        """Returns the array."""
-        return _contracted(self)
+    def decode(self, reading: int = 0) -> Array:
+        """Returns the array.
+
+        Args:
+          reading: 0, 1 or 2. XLA does not see that they are the same.
+        """
+        return _contracted(self, reading)
 
 
-@jax.jit
-def _contracted(x: ExpandedTensor) -> Array:
-    codes, blocks = x.values.unpacked().astype(jnp.int32), _blocks(x.block, x.values.shape)
-    rows, count = _roots(x.values.fmt), 2**x.values.fmt.bits
-    row = blocks.spread(x.steps.astype(jnp.int32) * count)
-    return jnp.asarray(rows.ravel())[row | codes] * blocks.spread(x.largest)
+@functools.partial(jax.jit, static_argnums=1)
+def _contracted(x: ExpandedTensor, reading: int) -> Array:
+    codes, bits = x.values.unpacked().astype(jnp.int32), x.values.fmt.bits
+    # A row has 2^bits entries.
+    place = _UNITED[reading](*jnp.broadcast_arrays(x.steps[..., None].astype(jnp.int32) << bits, codes))
+    value = jnp.asarray(_roots(x.values.fmt).ravel())[place] * x.largest[..., None]
+    if x.length is None:
+        return value.reshape(())
+    return value.reshape(*codes.shape[:-2], -1)[..., : x.length]
+
+
+# What has no bit in common, these unite.
+_UNITED = lax.bitwise_or, lax.bitwise_xor, lax.add
 
 
 @functools.lru_cache
@@ -131,8 +187,13 @@ def _roots(fmt: Float) -> np.ndarray:
     return table.astype(np.float32)
 
 
-def _blocks(block: int, shape: tuple[int, ...]):
-    return blocks_of(Scaled(FP32, FP32, block), shape, -1)
+def _in_blocks(x, block: int):
+    """Returns x as (..., blocks, entries), with zeros at the end where the last block is not full."""
+    x = jnp.atleast_1d(x)
+    size = max(min(block, x.shape[-1]), 1)
+    count = -(-x.shape[-1] // size)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count * size - x.shape[-1])])
+    return x.reshape(*x.shape[:-1], count, size)
 
 
 QuantizerLike = Quantizer | Format | str
@@ -159,23 +220,28 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def stored(storage: Storage, x: Array, key: Any = None) -> Stored:
+def stored(storage: Storage, x: Array, key: Any = None, *, again: Array | None = None) -> Stored:
     """Returns x in its storage; in one row where its last axis is no multiple of the block.
 
     So few elements share a scale only where there are few, and sharded arrays of the usual shapes stay as they are.
+
+    Args:
+      again: x, perhaps computed another time: what an ``Expanded`` makes its codes from.
     """
     block = storage.block if isinstance(storage, Expanded) else _block(storage.fmt)
-    laid_out = x if x.ndim and x.shape[-1] % block == 0 else x.reshape(-1)
+    again = x if again is None else again
+    rows = x.ndim and x.shape[-1] % block == 0
+    laid_out, again = (y if rows else y.reshape(-1) for y in (x, again))
     if isinstance(storage, Expanded):
-        return Stored(storage.encode(laid_out), x.shape)
+        return Stored(storage.encode(laid_out, again), x.shape)
     q, _ = storage.encode(laid_out, key=key)
     return Stored(q, x.shape)
 
 
-def restored(stored: Stored) -> Array:
-    """Returns the array."""
+def restored(stored: Stored, reading: int = 0) -> Array:
+    """Returns the array; of other readings, 1 and 2, XLA does not see that they are the same."""
     value = stored.value
-    return (decode(value) if isinstance(value, QTensor) else value.decode()).reshape(stored.shape)
+    return (decode(value) if isinstance(value, QTensor) else value.decode(reading)).reshape(stored.shape)
 
 
 def _block(fmt: Format) -> int:
