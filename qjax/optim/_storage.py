@@ -91,7 +91,7 @@ def _expanded(expanded: Expanded, x, again) -> "ExpandedTensor":
     c, fmt = _carrier.carrier(x.dtype), expanded.fmt
     bits = _carrier.to_bits(jnp.abs(_in_blocks(x, expanded.block)), c)
     first = c.uint(1 << c.mantissa_bits)
-    # Both at once: what two loops read, XLA stores. Zeros and subnormals, less the first normal number, are the largest.
+    # Both at once, for what two loops read XLA stores. Less the first normal number, zeros and subnormals wrap around.
     top, above = lax.reduce(
         (bits, bits - first),
         (c.uint(0), c.uint(2**c.width - 1)),
