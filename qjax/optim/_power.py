@@ -15,7 +15,7 @@ _S = (-0.306847, -0.0666999, -0.0108446, -0.00189685)
 
 
 def log2(x: Float32[Array, "*shape"], less=0.0) -> tuple[Int32[Array, "*shape"], Float32[Array, "*shape"]]:
-    """Returns ``log2(x) - less`` of normal positive numbers as ``floor(log2(x))`` and the rest; powers of two are exact.
+    """Returns ``log2(x) - less`` of normal positive x as ``floor(log2(x))`` and the rest; exact for powers of two.
 
     So near numbers have logarithms whose difference is right to 7e-7, where sums would be to 2^-18 if they are 100.
     """
