@@ -21,6 +21,9 @@ import optax
 
 from qjax import optim
 
+# As benchmarks/chop.py says.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 RESULT = pathlib.Path(__file__).parent / "results" / "optimizer_step.md"
 SHAPE = (9765, 1024)
 # Each row: the optimizer, and the most that its step and its state may be: times AdamW's, and bytes a parameter.
