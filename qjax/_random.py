@@ -56,32 +56,20 @@ def counter_bits(words, low, high=None):
       low: uint32 array of counters.
       high: uint32 array of their upper words, or None for 0.
     """
-    factors = _factors(words)
-    return _mixed(words, low * factors[0], None if high is None else high * factors[1])
-
-
-def _factors(words):
-    """Returns the odd numbers that the two words of a counter are multiplied with."""
-    return words[0] | np.uint32(1), words[2] | np.uint32(1)
-
-
-def _mixed(words, low, high=None):
-    """Returns the random bits of counters that are multiplied already."""
-    state = low + words[1]
+    state = low * (words[0] | np.uint32(1)) + words[1]
     if high is not None:
-        state = state + high
+        state = state + high * (words[2] | np.uint32(1))
     state = (state ^ (state >> 16)) * np.uint32(0x7FEB352D)
     state = (state ^ (state >> 15) ^ words[3]) * np.uint32(0x846CA68B)
     return state ^ (state >> 16)
 
 
-def counters(shape: tuple[int, ...], split: Split = (), factors=(np.uint32(1), np.uint32(1))):
+def counters(shape: tuple[int, ...], split: Split = ()):
     """Returns the row-major index of every element as uint32, and its upper word where there are over 2^32 elements.
 
     Args:
       shape: of the array, or of its part on a device ...
       split: ... where it is split like this. The index is that in the whole.
-      factors: what the two words come multiplied with, axis by axis: only the last one is left to every element.
     """
     whole = list(shape)
     for axis, names in enumerate(split):
@@ -90,18 +78,18 @@ def counters(shape: tuple[int, ...], split: Split = (), factors=(np.uint32(1), n
     while upper and math.prod(whole[upper - 1 :]) <= 2**32:
         upper -= 1
 
-    def index(axes, factor):
+    def index(axes):
         total = jnp.zeros(shape, jnp.uint32)
         stride = 1
         for axis in reversed(axes):
             place = lax.broadcasted_iota(jnp.uint32, shape, axis)
             if split and split[axis]:
                 place = place + lax.axis_index(split[axis]).astype(jnp.uint32) * np.uint32(shape[axis])
-            total = total + place * (np.uint32(stride % 2**32) * factor)
+            total = total + place * np.uint32(stride % 2**32)
             stride *= whole[axis]
         return total
 
-    return index(range(upper, len(shape)), factors[0]), index(range(upper), factors[1]) if upper else None
+    return index(range(upper, len(shape))), index(range(upper)) if upper else None
 
 
 def random_words(key, shape: tuple[int, ...], bits: int, width: int, split: Split = ()):
@@ -111,9 +99,10 @@ def random_words(key, shape: tuple[int, ...], bits: int, width: int, split: Spli
     under ``shard_map`` on that in the whole if ``split`` says how it is split.
     """
     words = key_words(key, 4 * width // 32)
-    drawn = _mixed(words[:4], *counters(shape, split, _factors(words[:4])))
+    low, high = counters(shape, split)
+    drawn = counter_bits(words[:4], low, high)
     if width == 64:
-        other = _mixed(words[4:], *counters(shape, split, _factors(words[4:])))
+        other = counter_bits(words[4:], low, high)
         drawn = drawn.astype(jnp.uint64) << 32 | other.astype(jnp.uint64)
     return upper(drawn, bits)
 
