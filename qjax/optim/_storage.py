@@ -155,7 +155,7 @@ class ExpandedTensor:
         """Returns the array.
 
         Args:
-          reading: 0, 1 or 2. XLA does not see that they are the same.
+          reading: 0, 1 or 2: the same numbers, which XLA does not see to be the same.
         """
         return _contracted(self, reading)
 
@@ -239,7 +239,7 @@ def stored(storage: Storage, x: Array, key: Any = None, *, again: Array | None =
 
 
 def restored(stored: Stored, reading: int = 0) -> Array:
-    """Returns the array; of other readings, 1 and 2, XLA does not see that they are the same."""
+    """Returns the array; of an ``ExpandedTensor`` by one of its readings."""
     value = stored.value
     return (decode(value) if isinstance(value, QTensor) else value.decode(reading)).reshape(stored.shape)
 
