@@ -104,7 +104,7 @@ def _adamw(learning_rate, b1, b2, eps, eps_root, weight_decay, mask, mu, nu, min
             optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root),
             {"mu.*": mu, "nu.*": nu},
             min_size=min_size,
-            remat=True,
+            remat=isinstance(mu, Expanded),
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),

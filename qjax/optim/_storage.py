@@ -56,10 +56,10 @@ class Expanded:
 
     def __init__(self, fmt: Float | str = "e4m3", block: int = 128):
         resolved = format(fmt)
-        if not isinstance(resolved, Float) or resolved.bits > 8 or not resolved.mantissa_bits:
+        if not isinstance(resolved, Float) or resolved.bits > 8:
             raise ValueError(f"Expanded: fmt must be a Float of at most 8 bits, such as 'e4m3', got {fmt!r}.")
-        if resolved.subnormals is not True:
-            raise ValueError(f"Expanded: fmt must have subnormals, as 'e4m3' has, got {fmt!r}.")
+        if resolved.subnormals is not True or resolved.mantissa_bits == 0:
+            raise ValueError(f"Expanded: fmt must have mantissa bits and subnormals, as 'e4m3' has, got {fmt!r}.")
         if not isinstance(block, int) or block < 1:
             raise ValueError(f"Expanded: block must be a positive int, got {block!r}.")
         object.__setattr__(self, "fmt", resolved)
@@ -126,6 +126,7 @@ def _codes(x, power, exponent, fraction, fmt: Float):
     own, rest = log2(jnp.abs(x), fraction)
     own, significand = exp2(rest * power + ((own - exponent).astype(c.float) * power + math.log2(fmt.max)))
     place = jnp.maximum(own, fmt.emin)
+    # The sum has the integer in its lowest bits; a conversion XLA would clamp.
     down = _carrier.to_bits(own - place + c.float(1.5 * 2**c.mantissa_bits), c) << c.mantissa_bits
     significand = _carrier.from_bits(_carrier.to_bits(significand, c) + down, c)
     unit = c.float(1.5 * 2 ** (c.mantissa_bits - fmt.mantissa_bits))
