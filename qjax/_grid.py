@@ -26,8 +26,8 @@ class Numbers(NamedTuple):
       room: the width of the carrier less the exponent field of ``2^m`` of the finest spacings, m the mantissa bits of
         the carrier.
       parity: that of the code at the finest spacing, as what stays of a pattern would have it.
-      smallest: the pattern of the smallest value.
-      edge: what modes compare with below it: half of it, itself in stochastic modes, 0 there if it is one of many.
+      smallest: the pattern of the smallest value; 0 in stochastic modes if it is one of many.
+      edge: what modes compare with below it: half of it, ``smallest`` in stochastic modes.
       bounds: the patterns of the largest value and, where it differs, of the magnitude of the lowest.
     """
 
@@ -131,8 +131,9 @@ def numbers_of_blocks(shift, grid: Grid, spread: Callable[[Any], Any], c: Carrie
     if not (isinstance(grid.fmt, Float) and grid.fmt.subnormals == "normal"):
         numbers = numbers._replace(shift=0)
     leaves, structure = jax.tree.flatten(numbers)
-    arrays = iter(once(*(x for x in leaves if isinstance(x, jax.Array))))
-    return structure.unflatten([spread(next(arrays)) if isinstance(x, jax.Array) else int(x) for x in leaves])
+    arrays = {id(x): x for x in leaves if isinstance(x, jax.Array)}
+    spreads = dict(zip(arrays, map(spread, once(*arrays.values())), strict=True))
+    return structure.unflatten([spreads[id(x)] if id(x) in spreads else int(x) for x in leaves])
 
 
 def numbers_of(shift, grid: Grid, c: Carrier) -> Numbers:
@@ -146,8 +147,10 @@ def numbers_of(shift, grid: Grid, c: Carrier) -> Numbers:
     else:
         finest = max(finest, 1) if grid.is_static else jnp.maximum(finest, 1)
         smallest = jnp.maximum(_bits(*_ratio(grid.grain, mantissa_bits), shift, c), grid.first(c))
-        in_place, beside = (0, smallest) if grid.rounding.is_stochastic else (smallest >> 1, smallest - hidden)
-        edge = jnp.where(smallest < 2 * hidden, in_place, beside)
+        if grid.rounding.is_stochastic:
+            edge = smallest = jnp.where(smallest < 2 * hidden, 0, smallest)
+        else:
+            edge = jnp.where(smallest < 2 * hidden, smallest >> 1, smallest - hidden)
     ends = [fmt._split(fmt.max_code)] if isinstance(fmt, Float) else []
     if isinstance(fmt, Fixed):
         ends = [(end, fmt.quantum_exponent) for end in dict.fromkeys((fmt.max_integer, -fmt.min_integer))]

@@ -93,6 +93,8 @@ def _round(x, random: Random | None, grid: Grid, at, saturate: bool, may_be_nan:
     if isinstance(fmt, Fixed) and fmt.overflow == "wrap":
         return _wrap(jnp.where(zero, c.uint(0), rounded), negative, fmt, c)
     if isinstance(fmt, Fixed):
+        if grid.rounding.is_stochastic and not grid.is_static:
+            zero = zero | (rounded == 0)
         nonzero = ~zero & (magnitude <= c.uint(c.inf)) & (fmt.signed | ~negative)
         result = jnp.where(nonzero, jnp.minimum(rounded, largest) | sign, c.uint(0))
     else:

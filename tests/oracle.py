@@ -283,17 +283,20 @@ def flush(x):
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore")
-def round_scaled(x, fmt: qjax.Format, rounding: R, held, *, axis=-1, scales=None) -> np.ndarray:
+def round_scaled(x, fmt: qjax.Format, rounding: R, held, *, axis=-1, scales=None, draw=None, bits=1) -> np.ndarray:
     """Returns x, in the dtype that is computed with (float32 or float64), rounded to any format.
 
     Args:
       scales: a function from the exact scale that "absmax" would take to the one to take instead.
+      draw: in a stochastic mode, the random integer of each element, of so many ``bits``.
     """
     wide = finfo_of(x.dtype)
+    draw = np.zeros(x.shape, int) if draw is None else draw
     if isinstance(fmt, qjax.Float):
-        return round_float(x, fmt, rounding, held, saturate=True).astype(x.dtype)
+        value = round_float(x, fmt, rounding, held, saturate=True, draw=np.ravel(draw), bits=bits)
+        return value.astype(x.dtype)
     if isinstance(fmt, qjax.Fixed):
-        return round_fixed(x, fmt, rounding, held).astype(x.dtype)
+        return round_fixed(x, fmt, rounding, held, draw=draw, bits=bits).astype(x.dtype)
     if isinstance(fmt, qjax.Codebook):
         return round_codebook(x, fmt, rounding, held, saturate=True).astype(x.dtype)
     result = np.empty_like(x)
@@ -306,7 +309,14 @@ def round_scaled(x, fmt: qjax.Format, rounding: R, held, *, axis=-1, scales=None
         a = np.abs(part).max(initial=0)
         if fmt.scale.mantissa_bits == 0 and not isinstance(fmt.element, qjax.Codebook):
             k = floor_log2(Fraction(fmt.scale.max)) if special else scale_exponent(Fraction(float(a)), fmt)
-            unscaled = round_scaled(np.ldexp(part.astype(np.float64), -k), fmt.element, rounding, finfo_of(np.float64))
+            unscaled = round_scaled(
+                np.ldexp(part.astype(np.float64), -k),
+                fmt.element,
+                rounding,
+                finfo_of(np.float64),
+                draw=draw[index],
+                bits=bits,
+            )
             if Fraction(fmt.element.max) * Fraction(2) ** k > float(held.max):
                 within = [v for v in fmt.element.values() if abs(Fraction(v)) * Fraction(2) ** k <= float(held.max)]
                 unscaled = np.clip(unscaled, within[0], within[-1])
@@ -325,10 +335,11 @@ def round_scaled(x, fmt: qjax.Format, rounding: R, held, *, axis=-1, scales=None
             z = round_fixed(
                 flush(flush((-part).max(initial=0)) / (scale or np.inf)), fmt.zero_point, R.NEAREST_EVEN, wide
             )
-            steps = round_fixed(divided, qjax.Fixed(fmt.element.bits + 2), rounding, wide)
+            unclipped = qjax.Fixed(fmt.element.bits + 2)
+            steps = round_fixed(divided, unclipped, rounding, wide, draw=draw[index], bits=bits)
             quantized = (np.clip(steps + z, 0, fmt.element.max) - z).astype(x.dtype)
         else:
-            quantized = round_scaled(divided, fmt.element, rounding, wide, axis=axis)
+            quantized = round_scaled(divided, fmt.element, rounding, wide, axis=axis, draw=draw[index], bits=bits)
         result[index] = flush(quantized * scale)
     return (
         round_float(result, _format_of(held), R.NEAREST_EVEN, held).astype(x.dtype) if held.dtype != x.dtype else result

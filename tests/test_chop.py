@@ -71,7 +71,8 @@ def test_codebooks(dtype, name, saturate):
 
 
 DRAWS = [(name, "float32") for name in ("e4m3", "e2m1", "bf16", "e8m0", "ue5m3", "e5m10_nosub", "dlfloat16", "tf32")]
-DRAWS += [(name, "float32") for name in ("binary8p3se", "e8m3b135", "q8.8", "int4")]
+DRAWS += [(name, "float32") for name in ("binary8p3se", "e8m3b135", "q8.8", "int4", "e8m7_nosub", "e9m2", "e8m3b128")]
+DRAWS += [(qjax.Float(8, 0, bias=bias, specials="fn"), "float32") for bias in (127, 149)]
 DRAWS += [("e4m3", "float64"), ("fp16", "float64"), ("e5m2", "bfloat16"), ("e4m3", "float16")]
 STOCHASTIC = [rounding for rounding in R if rounding.is_stochastic]
 

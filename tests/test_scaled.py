@@ -56,9 +56,11 @@ def blocks_that_go_wrong(dtype: str) -> np.ndarray:
 def check(x: np.ndarray, fmt: Scaled, rounding: R, axis: int = -1) -> None:
     dtype = str(x.dtype)
     wide = x.astype(np.float64 if dtype == "float64" else np.float32)
+    draw = np.random.default_rng(1).integers(0, 256, x.shape) if rounding.is_stochastic else None
     with jax.enable_x64(dtype == "float64"):
-        ours = qjax.chop(jnp.asarray(x), fmt, rounding, axis=axis)
-        expected = oracle.round_scaled(wide, fmt, rounding, finfo(dtype), axis=axis)
+        words = None if draw is None else jnp.asarray(draw.astype(np.uint8))
+        ours = qjax.chop(jnp.asarray(x), fmt, rounding, axis=axis, random_bits=words)
+        expected = oracle.round_scaled(wide, fmt, rounding, finfo(dtype), axis=axis, draw=draw, bits=8)
         same_bits(np.ravel(ours), expected.astype(np.float64).ravel(), x.ravel())
 
 
@@ -77,6 +79,24 @@ def test_all_kinds_of_scales(fmt, dtype):
             check(row, fmt, R.NEAREST_EVEN)
     else:
         check(x, fmt, R.NEAREST_EVEN)
+
+
+DRAWN = [fmt for fmt in [*map(qjax.format, SCALED), *OTHER_RULES] if not isinstance(fmt.element, qjax.Codebook)]
+DRAWN += [fmt for fmt in E8M0_RULES if fmt.rule == "floor"]
+DRAWN += [Scaled(element, qjax.E8M0, 8) for element in map(qjax.format, ("e5m2", "e2m1b5", "e4m0", "e4m3_nosub"))]
+
+
+@pytest.mark.parametrize("fmt", DRAWN, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [("float32", rounding) for rounding in R if rounding.is_stochastic]
+    + [(dtype, R.STOCHASTIC) for dtype in ("float64", "bfloat16", "float16")],
+)
+def test_draws(fmt, dtype, rounding):
+    """Eight random bits an element, on blocks of zeros and of the smallest numbers too."""
+    x = np.repeat(blocks_that_go_wrong(dtype), 2, axis=0)
+    for part in np.split(x, len(x)) if fmt.block is None else [x]:
+        check(part, fmt, rounding)
 
 
 @pytest.mark.parametrize(
