@@ -124,7 +124,14 @@ def _of_rows(x, most: int):
     rows = [lax.index_in_dim(parts, i, axis + 1, False) for i in range(counts[axis])]
     zeros = [np.zeros((), x.dtype)] * len(rows)
     maxima = lax.reduce(rows, zeros, lambda left, right: tuple(map(lax.max, left, right)), (x.ndim - 1,))
-    return lax.concatenate([lax.expand_dims(y, (axis + 1,)) for y in maxima], axis + 1).reshape(x.shape[:-1])
+    # To concatenate them would be a kernel of its own.
+    shape = parts.shape[:-1]
+    which = lax.broadcasted_iota(np.int32, shape, axis + 1)
+    kept = [a for a in range(len(shape)) if a != axis + 1]
+    y, *others = (lax.broadcast_in_dim(y, shape, kept) for y in maxima)
+    for i, other in enumerate(others, 1):
+        y = lax.select(which == i, other, y)
+    return y.reshape(x.shape[:-1])
 
 
 def _max(x, axes: tuple[int, ...]):

@@ -28,7 +28,8 @@ class Numbers(NamedTuple):
       parity: that of the code at the finest spacing, as what stays of a pattern would have it.
       smallest: the pattern of the smallest value; 0 in stochastic modes if it is one of many.
       edge: what modes compare with below it: half of it, ``smallest`` in stochastic modes.
-      bounds: the patterns of the largest value and, where it differs, of the magnitude of the lowest.
+      bounds: the patterns of the largest value and, where it differs, of the magnitude of the lowest; of NaN where the
+        scale is.
     """
 
     shift: Any
@@ -155,6 +156,8 @@ def numbers_of(shift, grid: Grid, c: Carrier) -> Numbers:
     if isinstance(fmt, Fixed):
         ends = [(end, fmt.quantum_exponent) for end in dict.fromkeys((fmt.max_integer, -fmt.min_integer))]
     bounds = [_bound(*end, shift, mantissa_bits + 1, grid.top, c, on_grid=isinstance(fmt, Fixed)) for end in ends]
+    if not grid.is_static:
+        bounds = [jnp.where(shift > c.bias, c.int(c.nan), bound) for bound in bounds]
     # The code is odd at the finest spacing, or even where the codes of normal numbers start at 0.
     parity = 0
     if grid.rounding in _BY_PARITY:

@@ -73,6 +73,7 @@ def _round(x, random: Random | None, grid: Grid, at, saturate: bool, may_be_nan:
         rounded, zero, in_place = _nearest_by_sum(pattern, grid, c), pattern <= grid.at.edge, grid.has_subnormals
     else:
         rounded, zero = _by_bits(pattern, grid, rounding, negative, random, c)
+        in_place = in_place or (rounding.is_stochastic and not grid.wide)
     if grid.wide:
         rounded = jnp.maximum(rounded, grid.at.smallest)
         down = 1 - (rounded >> c.mantissa_bits)
@@ -93,8 +94,6 @@ def _round(x, random: Random | None, grid: Grid, at, saturate: bool, may_be_nan:
     if isinstance(fmt, Fixed) and fmt.overflow == "wrap":
         return _wrap(jnp.where(zero, c.uint(0), rounded), negative, fmt, c)
     if isinstance(fmt, Fixed):
-        if grid.rounding.is_stochastic and not grid.is_static:
-            zero = zero | (rounded == 0)
         nonzero = ~zero & (magnitude <= c.uint(c.inf)) & (fmt.signed | ~negative)
         result = jnp.where(nonzero, jnp.minimum(rounded, largest) | sign, c.uint(0))
     else:
@@ -109,8 +108,7 @@ def _round(x, random: Random | None, grid: Grid, at, saturate: bool, may_be_nan:
         saturate = saturate or not grid.is_static
         result = _special(rounded, magnitude, sign, least, largest, nan, fmt, rounding, saturate, c)
     if not grid.is_static:
-        scale_is_nan = c.width - grid.at.room - (fmt.quantum_exponent + c.mantissa_bits) > 2 * c.bias
-        result = jnp.where(scale_is_nan, c.uint(c.nan), result)
+        result = jnp.where(grid.at.bounds[0] == c.nan, c.uint(c.nan), result)
     return from_bits(result, c)
 
 
@@ -120,15 +118,22 @@ def _by_bits(pattern, grid: Grid, rounding: Rounding, negative, random: Random |
     Of those below the smallest value only whether they go to 0 is right.
     """
     field = pattern >> c.mantissa_bits
+    subnormal = field == 0
     # Whether the subnormals of the carrier are too small to count, for a stochastic mode too.
     far = grid.coarse(c, by=c.width)
-    normal = field if grid.wide or far else jnp.maximum(field, 1)
-    stay, most = normal + grid.at.room, c.width - grid.fewest(c)
-    if grid.least_field == 0 and not grid.wide:
-        # The subnormals of the carrier have half the spacing of its first normal numbers.
-        most = most + (field == 0).astype(c.int)
+    # Else a stochastic mode sees them as twice the number, with an exponent field of 0.
+    doubled = rounding.is_stochastic and not (grid.wide or far)
+    seen = field if grid.wide or far or doubled else jnp.maximum(field, 1)
+    stay, most = seen + grid.at.room, c.width - grid.fewest(c)
     above = (c.width - c.mantissa_bits + grid.power - grid.fmt.quantum_exponent) - stay
-    stay = jnp.clip(stay, c.width - c.mantissa_bits, most).astype(c.uint)
+    if doubled:
+        # Below the smallest value it does not matter what stays.
+        stay = jnp.minimum(stay.astype(c.uint), c.uint(most)) + subnormal.astype(c.uint)
+    else:
+        if grid.least_field == 0 and not grid.wide:
+            # The subnormals of the carrier have half the spacing of its first normal numbers.
+            most = most + subnormal.astype(c.int)
+        stay = jnp.clip(stay, c.width - c.mantissa_bits, most).astype(c.uint)
     mask = (c.uint(2**c.width - 1) >> stay).astype(c.int)
     if not rounding.is_stochastic:
         # Where all bits but the hidden one go, the lowest bit of the exponent stands for it, that is for the parity of
@@ -147,17 +152,24 @@ def _by_bits(pattern, grid: Grid, rounding: Rounding, negative, random: Random |
         added = jnp.where(goes_up(rounding, fraction, random, c), mask, 0)
     rounded = (pattern + added) & ~mask
     if far and rounding is Rounding.STOCHASTIC and _floats_compare(grid, c):
-        return rounded, _goes_to_zero(pattern, grid.power + grid.at.shift, random.words, c)
+        zero = _goes_to_zero(pattern, grid.power + grid.at.shift, random.words, c)
+        return jnp.where(zero, 0, jnp.maximum(rounded, grid.at.smallest)), zero
     hidden = c.int(1 << c.mantissa_bits)
     significand = (pattern & (hidden - 1)) | hidden
-    small = pattern < grid.first(c) if grid.wide else field == 0
-    significand = jnp.where(small, 0 if grid.wide else pattern, significand)
+    if grid.wide:
+        significand = jnp.where(pattern < grid.first(c), 0, significand)
+    else:
+        significand = jnp.where(subnormal, pattern << 1 if doubled else pattern, significand)
     if isinstance(grid.fmt, Float) and grid.fmt.subnormals == "normal" and grid.mantissa_bits > 0:
         first_field = grid.fmt.emin + c.bias + grid.at.shift
-        fraction = _fraction_of_odd(significand, normal, first_field, grid.mantissa_bits, c)
+        fraction = _fraction_of_odd(significand, seen, first_field, grid.mantissa_bits, c)
     else:
         fraction = _fraction_of_power(significand, above, rounding is not Rounding.STOCHASTIC, c)
-    return rounded, (pattern < grid.at.edge) & ~goes_up(rounding, fraction, random, c)
+    up, below = goes_up(rounding, fraction, random, c), pattern < grid.at.edge
+    if grid.wide:
+        return rounded, below & ~up
+    rounded = jnp.where(below, jnp.where(up, grid.at.smallest, 0), rounded)
+    return rounded, rounded == 0
 
 
 def _special(
