@@ -195,15 +195,16 @@ def measure(size: int, options):
     functions, remarks = prepare(size, fresh, options)
     seconds = {case: [] for case in functions}
     order, shuffled = [case for case in functions if case not in (MULTIPLY, MULTIPLY_KEPT)], random.Random(0)
+    order += [MULTIPLY, MULTIPLY_KEPT] * (1 + len(order) // 6)
     gc.disable()
     for number in range(options.rounds * (1 if size >= JUDGED else 4)):
         shuffled.shuffle(order)
-        for place, case in enumerate(case for case in order if number % IMPLEMENTATIONS[case[2]].every == 0):
-            for timed in [MULTIPLY, MULTIPLY_KEPT, case] if place % 6 == 0 else [case]:
-                x = fresh(timed)
+        for case in order:
+            if number % IMPLEMENTATIONS[case[2]].every == 0:
+                x = fresh(case)
                 start = time.perf_counter()
-                result = jax.block_until_ready(functions[timed](x))
-                seconds[timed].append(time.perf_counter() - start)
+                result = jax.block_until_ready(functions[case](x))
+                seconds[case].append(time.perf_counter() - start)
                 del x, result
         gc.collect()
     gc.enable()
