@@ -89,8 +89,8 @@ def _quantize_blocks(x, fmt: Scaled, mode: Mode, scale, random: Random | None) -
         return _quantize_affine(x, fmt, inner, blocks, scale, random)
     # A block with a NaN gets a scale that is NaN.
     may_be_nan = scale is not None or not fmt.scale.has_nan
-    scale = _scale_of(x, fmt, inner, blocks, scale, random)
-    return _quantize_with(x, scale, fmt, blocks, inner, random, may_be_nan)
+    scale, shift = _scale_of(x, fmt, inner, blocks, scale, random)
+    return _quantize_with(x, scale, fmt, blocks, inner, random, shift, may_be_nan)
 
 
 def _given_scale(scale, fmt: Scaled, blocks: Blocks):
@@ -98,24 +98,28 @@ def _given_scale(scale, fmt: Scaled, blocks: Blocks):
 
 
 def _scale_of(x, fmt: Scaled, inner: Mode, blocks: Blocks, scale, random: Random | None):
-    """Returns the scale of each block: the given one in the scale's format, or that of the rule."""
+    """Returns the scale of each block, the given one in the scale's format or that of the rule, and its exponent.
+
+    The exponent is None where the scale is not made from it.
+    """
     if scale is not None:
-        return _given_scale(scale, fmt, blocks)
+        return _given_scale(scale, fmt, blocks), None
     largest = _over_devices(_largest(x, blocks), fmt, inner)
     if isinstance(fmt.rule, Rms):
-        return _rms_scale(x, largest, fmt, fmt.rule, blocks)
+        return _rms_scale(x, largest, fmt, fmt.rule, blocks), None
     if fmt.rule == "mse":
-        return _best_scale(x, largest, fmt, blocks, inner, random)
+        return _best_scale(x, largest, fmt, blocks, inner, random), None
     return elementwise(_rule, largest, fmt)
 
 
 def _quantize_with(
-    x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: Random | None, may_be_nan: bool = True
+    x, scale, fmt: Scaled, blocks: Blocks, inner: Mode, random: Random | None, shift=None, may_be_nan: bool = True
 ) -> tuple[Any, Parts]:
-    """Returns x quantized with the given scale of each block."""
+    """Returns x quantized with the given scale of each block, the exponent of a power of two if it is known."""
     c = _carrier.carrier(x.dtype)
     if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
-        shift = elementwise(_carrier.exponent, _carrier.to_bits(scale, c), c)
+        if shift is None:
+            shift = elementwise(_carrier.exponent, _carrier.to_bits(scale, c), c)
         elements = _rounding.round_to(
             x,
             fmt.element,
@@ -176,18 +180,28 @@ def _quotient(magnitude, divisor: float, c):
 
 
 def _rule(largest, fmt: Scaled):
-    """Returns the scale of each block by the rule of the format; NaN where the block has a NaN or an infinity."""
+    """Returns the scale of each block by the rule of the format, and its exponent if it is made from that.
+
+    NaN where the block has a NaN or an infinity.
+    """
     c = _carrier.carrier(np.float64 if largest.dtype == np.uint64 else np.float32)
     if fmt.rule in ("absmax", "mse"):
-        scale = _nearest_scale(_quotient(largest, fmt.element.max, c), fmt)
-    else:
-        scale = _power_scale(_power_of_two(largest, fmt, c), fmt, c)
-    return _of_finite(largest, scale, fmt, c)
+        return _of_finite(largest, _nearest_scale(_quotient(largest, fmt.element.max, c), fmt), fmt, c), None
+    exponent = jnp.clip(_power_of_two(largest, fmt, c), *_exponent_range(fmt.scale, c))
+    instead = _not_finite(fmt, c)
+    of_instead = math.frexp(instead)[1] - 1 if np.isfinite(instead) else c.bias + 1
+    shift = jnp.where(largest >= c.uint(c.inf), c.int(of_instead), exponent)
+    return _of_finite(largest, _power_scale(exponent, fmt, c), fmt, c), shift
+
+
+def _not_finite(fmt: Scaled, c):
+    """Returns the scale of a block that has a NaN or an infinity."""
+    return c.float(np.nan if fmt.scale.has_nan else fmt.scale.max)
 
 
 def _of_finite(largest, scale, fmt: Scaled, c):
-    """Returns the scale of each block, NaN (or the largest) where the block has a NaN or an infinity."""
-    return jnp.where(largest >= c.uint(c.inf), c.float(np.nan if fmt.scale.has_nan else fmt.scale.max), scale)
+    """Returns the scale of each block, that of blocks with a NaN or an infinity replaced."""
+    return jnp.where(largest >= c.uint(c.inf), _not_finite(fmt, c), scale)
 
 
 def _power_scale(exponent, fmt: Scaled, c):
@@ -302,7 +316,7 @@ def quantize_apart(x, mode: Mode, *, scale=None, random: Random | None = None) -
         _, parts = quantize(x, mode, scale=scale, random=random)
         return _unshifted(parts.elements, parts.shift), parts.scales[0]
     inner = mode._replace(fmt=fmt.element, saturate=True)
-    scale = once_per_block(_scale_of(x, fmt, inner, blocks, scale, random))
+    scale = once_per_block(_scale_of(x, fmt, inner, blocks, scale, random)[0])
     elements, _ = quantize(_divide(x, blocks.spread(scale)), inner._replace(dtype=x.dtype), random=random)
     return elements, scale
 
