@@ -81,8 +81,8 @@ def chop(
 
     Blocks: with scales that are powers of two and ``Float`` or ``Fixed`` elements, every element is rounded exactly on
     the scaled grid. Otherwise with scale s it is ``chop(x / s, element) * s``, one division and one product in
-    float32 (or float64), in which subnormals count as zero; where s is 0 the result is 0. A block of zeros gets the
-    smallest scale. A block with a NaN or an infinity becomes NaN, if the scale's format has NaN.
+    float32 (or float64), in which subnormals count as zero and s is a normal number, or 0, which gives 0. A block of
+    zeros gets the smallest scale. A block with a NaN or an infinity becomes NaN, if the scale's format has NaN.
 
     Gradient: straight-through, d chop / d x = 1, in forward and reverse mode. With respect to ``scale`` it is that of
     learned step sizes: ``element - x / s`` within the range of the element, and ``element`` beyond.

@@ -277,7 +277,8 @@ def _assembled(codes, scales: list, zero_points: list, fmt: Format, q: QTensor, 
         return _values(codes, fmt, 0, c)
     blocks = blocks_of(fmt, q.shape_of_codes, q.axis)
     scale = blocks.spread(scales[0] if _is_carrier(fmt.scale, c) else once_per_block(scales[0]))
-    if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
+    if fmt.shifts:
+        assert isinstance(fmt.element, Float | Fixed)
         shift = _carrier.exponent(_carrier.to_bits(scale, c), c)
         return jnp.where(jnp.isnan(scale), c.float(np.nan), _values(codes, fmt.element, shift, c))
     value = _assembled(codes, scales[1:], zero_points, fmt.element, q, c)

@@ -98,8 +98,12 @@ class Grid:
     def fewest(self, c: Carrier) -> int:
         """Returns how many bits go at least, of numbers that do not saturate."""
         if self.is_static and isinstance(self.fmt, Fixed) and self.fmt.overflow == "saturate":
-            return min(max(self.finest(c) + 1 - self.field_beyond(c), 0), c.mantissa_bits)
+            return min(max(self.finest(c) + 1 - max(self.field_beyond(c), 2), 0), c.mantissa_bits)
         return c.mantissa_bits - self.mantissa_bits
+
+    def is_void(self, shift: int) -> bool:
+        """Returns whether the dtype holds no value but zero if this is the shift."""
+        return self.has_zero and self.power + shift > self.top
 
     def field_beyond(self, c: Carrier) -> int:
         """Returns the exponent field of the first power of two above all values, if static."""
@@ -118,7 +122,9 @@ def grid_of(fmt: Float | Fixed, rounding: Rounding, shift, least_shift: int, hel
     mantissa_bits = min(fmt.mantissa_bits, held.nmant) if isinstance(fmt, Float) else held.nmant
     grain = fmt.smallest_subnormal if isinstance(fmt, Float) else fmt.eps
     if is_static:
-        grain, least_shift = max(grain, float(held.smallest_subnormal)), shift
+        least_shift, least = shift, float(held.smallest_subnormal)
+        if grain < 2.0**53 * least:
+            grain = math.ceil(grain / least) * least
     least_field, has_tail = 1, True
     if isinstance(fmt, Float):
         least_field, has_tail = fmt.emin + least_shift + c.bias, fmt.subnormals is True or not fmt.has_zero
@@ -155,7 +161,12 @@ def numbers_of(shift, grid: Grid, c: Carrier) -> Numbers:
     ends = [fmt._split(fmt.max_code)] if isinstance(fmt, Float) else []
     if isinstance(fmt, Fixed):
         ends = [(end, fmt.quantum_exponent) for end in dict.fromkeys((fmt.max_integer, -fmt.min_integer))]
-    bounds = [_bound(*end, shift, mantissa_bits + 1, grid.top, c, on_grid=isinstance(fmt, Fixed)) for end in ends]
+    most = shift if grid.is_static else c.bias
+    uniform = grid.has_subnormals and (isinstance(fmt, Fixed) or fmt.emin + most > grid.top)
+    quantum = fmt.quantum_exponent + shift if uniform else None
+    bounds = [_bound(*end, shift, mantissa_bits + 1, grid.top, c, quantum) for end in ends]
+    if grid.is_void(most):
+        bounds = [jnp.where(smallest > bound, 0, bound) for bound in bounds]
     if not grid.is_static:
         bounds = [jnp.where(shift > c.bias, c.int(c.nan), bound) for bound in bounds]
     # The code is odd at the finest spacing, or even where the codes of normal numbers start at 0.
@@ -191,14 +202,14 @@ def _ratio(value: float, mantissa_bits: int) -> tuple[int, int]:
     return -(-k >> drop), q + drop
 
 
-def _bound(value: int, power: int, shift, precision: int, top: int, c: Carrier, on_grid: bool = False):
+def _bound(value: int, power: int, shift, precision: int, top: int, c: Carrier, quantum):
     """Returns the largest number up to ``value 2^(power + shift)`` of ``precision`` bits and exponent up to top.
 
-    If ``on_grid``, it is a multiple of ``2^(power + shift)``.
+    If there is a ``quantum``, since numbers may all be as far apart as subnormals, it is a multiple of ``2^quantum``.
     """
     ceiling = c.int(static_bits(2**precision - 1, top - precision + 1, c))
-    if on_grid:
-        finer = jnp.clip(power + shift - (top - c.mantissa_bits), 0, c.mantissa_bits).astype(c.int)
+    if quantum is not None:
+        finer = jnp.clip(quantum - (top - c.mantissa_bits), 0, c.mantissa_bits).astype(c.int)
         ceiling = ceiling >> finer << finer
     drop = max(value.bit_length() - precision, 0)
     return jnp.minimum(_bits(value >> drop, power + drop, shift, c), ceiling)

@@ -95,6 +95,8 @@ def _round(x, random: Random | None, grid: Grid, at, saturate: bool, may_be_nan:
         return _wrap(jnp.where(zero, c.uint(0), rounded), negative, fmt, c)
     if isinstance(fmt, Fixed):
         nonzero = ~zero & (magnitude <= c.uint(c.inf)) & (fmt.signed | ~negative)
+        if grid.is_void(grid.at.shift if grid.is_static else c.bias):
+            nonzero = nonzero & (largest > 0)
         result = jnp.where(nonzero, jnp.minimum(rounded, largest) | sign, c.uint(0))
     else:
         least = c.uint(0)
@@ -153,7 +155,9 @@ def _by_bits(pattern, grid: Grid, rounding: Rounding, negative, random: Random |
     rounded = (pattern + added) & ~mask
     if far and rounding is Rounding.STOCHASTIC and _floats_compare(grid, c):
         zero = _goes_to_zero(pattern, grid.power + grid.at.shift, random.words, c)
-        return jnp.where(zero, 0, jnp.maximum(rounded, grid.at.smallest)), zero
+        # Compared without a sign, which a NaN may have reached.
+        least = jnp.maximum(rounded.astype(c.uint), grid.at.smallest.astype(c.uint))
+        return jnp.where(zero, 0, least.astype(c.int)), zero
     hidden = c.int(1 << c.mantissa_bits)
     significand = (pattern & (hidden - 1)) | hidden
     if grid.wide:

@@ -117,7 +117,8 @@ def _quantize_with(
 ) -> tuple[Any, Parts]:
     """Returns x quantized with the given scale of each block, the exponent of a power of two if it is known."""
     c = _carrier.carrier(x.dtype)
-    if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
+    if fmt.shifts:
+        assert isinstance(fmt.element, Float | Fixed)
         if shift is None:
             shift = elementwise(_carrier.exponent, _carrier.to_bits(scale, c), c)
         elements = _rounding.round_to(
@@ -127,7 +128,7 @@ def _quantize_with(
             random=random,
             saturate=True,
             shift=shift,
-            least_shift=_exponent_range(fmt.scale, c)[0],
+            least_shift=_exponent_range(fmt, c)[0],
             spread=blocks.spread,
             dtype=inner.dtype,
             may_be_nan=may_be_nan,
@@ -156,8 +157,13 @@ def _hold(value, dtype):
 
 
 def _nearest_scale(ratio, fmt: Scaled):
+    """Returns the scale next to a ratio, where it divides at least the smallest normal number of the carrier."""
+    c = _carrier.carrier(ratio.dtype)
     scale = _rounding.round_to(ratio, fmt.scale, Rounding.NEAREST_EVEN, saturate=True)
-    return scale if fmt.power_of_two else _carrier.flush(scale)
+    if fmt.shifts or fmt.scale.smallest_subnormal >= 2.0 ** (1 - c.bias):
+        return scale
+    # As integers, of which the maximum keeps a NaN.
+    return _carrier.from_bits(jnp.maximum(_carrier.to_bits(scale, c), c.uint(1 << c.mantissa_bits)), c)
 
 
 def _largest(x, blocks: Blocks):
@@ -187,7 +193,7 @@ def _rule(largest, fmt: Scaled):
     c = _carrier.carrier(np.float64 if largest.dtype == np.uint64 else np.float32)
     if fmt.rule in ("absmax", "mse"):
         return _of_finite(largest, _nearest_scale(_quotient(largest, fmt.element.max, c), fmt), fmt, c), None
-    exponent = jnp.clip(_power_of_two(largest, fmt, c), *_exponent_range(fmt.scale, c))
+    exponent = jnp.clip(_power_of_two(largest, fmt, c), *_exponent_range(fmt, c))
     instead = _not_finite(fmt, c)
     of_instead = math.frexp(instead)[1] - 1 if np.isfinite(instead) else c.bias + 1
     shift = jnp.where(largest >= c.uint(c.inf), c.int(of_instead), exponent)
@@ -195,8 +201,8 @@ def _rule(largest, fmt: Scaled):
 
 
 def _not_finite(fmt: Scaled, c):
-    """Returns the scale of a block that has a NaN or an infinity."""
-    return c.float(np.nan if fmt.scale.has_nan else fmt.scale.max)
+    """Returns the scale of a block that has a NaN or an infinity: NaN, or the largest one."""
+    return c.float(np.nan if fmt.scale.has_nan else min(fmt.scale.max, 2.0**c.bias))
 
 
 def _of_finite(largest, scale, fmt: Scaled, c):
@@ -206,13 +212,15 @@ def _of_finite(largest, scale, fmt: Scaled, c):
 
 def _power_scale(exponent, fmt: Scaled, c):
     """Returns the scale ``2^exponent``, or the nearest one that there is."""
-    exponent = jnp.clip(exponent, *_exponent_range(fmt.scale, c))
+    exponent = jnp.clip(exponent, *_exponent_range(fmt, c))
     return _carrier.from_bits(_carrier.compose(jnp.ones_like(exponent), exponent, c), c)
 
 
-def _exponent_range(scale: Float, c) -> tuple[int, int]:
+def _exponent_range(fmt: Scaled, c) -> tuple[int, int]:
+    """Returns the exponents of the least and the largest scale, normal numbers of the carrier where they divide."""
+    scale = fmt.scale
     lowest = scale.quantum_exponent if scale.subnormals is True else scale.emin
-    return max(lowest, 1 - c.bias - c.mantissa_bits), min(scale.emax, c.bias)
+    return max(lowest, 1 - c.bias - (c.mantissa_bits if fmt.shifts else 0)), min(scale.emax, c.bias)
 
 
 def _rms_scale(x, largest, fmt: Scaled, rule: Rms, blocks: Blocks):
@@ -312,7 +320,7 @@ def quantize_apart(x, mode: Mode, *, scale=None, random: Random | None = None) -
     if fmt.zero_point is not None:
         _, parts = quantize(x, mode, scale=scale, random=random)
         return parts.elements - blocks.spread(parts.zero_points[0]), parts.scales[0]
-    if fmt.power_of_two and isinstance(fmt.element, Float | Fixed):
+    if fmt.shifts:
         _, parts = quantize(x, mode, scale=scale, random=random)
         return _unshifted(parts.elements, parts.shift), parts.scales[0]
     inner = mode._replace(fmt=fmt.element, saturate=True)

@@ -195,7 +195,9 @@ def round_fixed(x, fmt: qjax.Fixed, rounding: R, held, *, draw=0, bits=1) -> np.
         whole = np.where(np.isfinite(size) & finite, np.where(negative, -size, size), 0)
         value = np.array([(int(k) - bottom) % 2**fmt.bits + bottom for k in whole.flat], np.float64).reshape(x.shape)
         return np.ldexp(value, -fmt.fraction_bits) + 0.0
+    quantum = Fraction(2) ** -fmt.fraction_bits
     low, high = (toward_zero(end, held) for end in ends)
+    low, high = (float(math.trunc(Fraction(end) / quantum) * quantum) for end in (low, high))
     value = np.ldexp(np.where(negative, -size, size), -fmt.fraction_bits)
     value = np.where(np.isinf(x), np.copysign(np.inf, x), value)
     return np.where(np.isnan(x), 0.0, np.clip(value, low, high)) + 0.0
@@ -309,6 +311,7 @@ def round_scaled(x, fmt: qjax.Format, rounding: R, held, *, axis=-1, scales=None
         a = np.abs(part).max(initial=0)
         if fmt.scale.mantissa_bits == 0 and not isinstance(fmt.element, qjax.Codebook):
             k = floor_log2(Fraction(fmt.scale.max)) if special else scale_exponent(Fraction(float(a)), fmt)
+            k = min(k, wide.maxexp - 1)
             unscaled = round_scaled(
                 np.ldexp(part.astype(np.float64), -k),
                 fmt.element,
@@ -319,15 +322,18 @@ def round_scaled(x, fmt: qjax.Format, rounding: R, held, *, axis=-1, scales=None
             )
             if Fraction(fmt.element.max) * Fraction(2) ** k > float(held.max):
                 within = [v for v in fmt.element.values() if abs(Fraction(v)) * Fraction(2) ** k <= float(held.max)]
-                unscaled = np.clip(unscaled, within[0], within[-1])
+                clipped = np.clip(unscaled, within[0], within[-1])
+                unscaled = np.copysign(clipped, unscaled) if isinstance(fmt.element, qjax.Float) else clipped
             result[index] = np.ldexp(unscaled, k)
             continue
         zero_point = fmt.zero_point is not None
         span = part.max(initial=0) + (-part).max(initial=0) if zero_point else a
         ratio = flush(flush(span) / x.dtype.type(fmt.element.max))
-        scale = flush(round_float(ratio, fmt.scale, R.NEAREST_EVEN, wide, saturate=True).astype(x.dtype))
+        scale = round_float(ratio, fmt.scale, R.NEAREST_EVEN, wide, saturate=True).astype(x.dtype)
         if fmt.rule != "absmax":
             scale = x.dtype.type(2.0 ** scale_exponent(Fraction(float(a)), fmt))
+        if fmt.scale.smallest_subnormal < wide.tiny:
+            scale = max(scale, x.dtype.type(wide.tiny))
         if scales is not None:
             scale = scales(scale)
         divided = flush(flush(part) / (scale if scale else np.inf))

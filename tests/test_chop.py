@@ -57,6 +57,34 @@ def test_fixed(dtype, name):
             same_bits(values, oracle.round_fixed(x, fmt, rounding, finfo(dtype)), x)
 
 
+@pytest.mark.parametrize(
+    ("fmt", "dtype"),
+    [
+        (qjax.Fixed(17, 149), "float32"),  # all among the subnormals of the dtype
+        (qjax.Fixed(12, 140), "float32"),
+        (qjax.Fixed(9, -126), "float32"),  # few of its numbers are in the range of the dtype
+        (qjax.Fixed(8, -16), "float16"),  # none but 0
+        (qjax.Float(4, 3, bias=-15, specials="fn"), "float16"),
+        (qjax.Float(4, 3, bias=-30, specials="fn"), "float16"),
+        (qjax.Float(7, 2, bias=149, subnormals="normal"), "float32"),
+        (qjax.Float(8, 10, bias=128, subnormals="normal"), "bfloat16"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("saturate", [False, True])
+def test_formats_at_the_ends_of_the_dtype(fmt, dtype, saturate):
+    x, held = every(dtype)[:: 1 if dtype == "float16" else 7], finfo(dtype)
+    x = np.concatenate(
+        [x, with_neighbours(np.geomspace(float(held.smallest_subnormal), float(held.tiny), 500).astype(dtype))]
+    )
+    if isinstance(fmt, qjax.Fixed):
+        for rounding, values in chopped(x, fmt):
+            same_bits(values, oracle.round_fixed(x, fmt, rounding, held), x)
+    else:
+        for rounding, values in chopped(x, fmt, saturate=saturate):
+            same_bits(values, oracle.round_float(x, fmt, rounding, held, saturate=saturate), x)
+
+
 @pytest.mark.parametrize("saturate", [False, True])
 @pytest.mark.parametrize("name", CODEBOOKS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -71,8 +99,12 @@ def test_codebooks(dtype, name, saturate):
 
 
 DRAWS = [(name, "float32") for name in ("e4m3", "e2m1", "bf16", "e8m0", "ue5m3", "e5m10_nosub", "dlfloat16", "tf32")]
-DRAWS += [(name, "float32") for name in ("binary8p3se", "e8m3b135", "q8.8", "int4", "e8m7_nosub", "e9m2", "e8m3b128")]
+DRAWS += [
+    (name, "float32")
+    for name in ("binary8p3se", "e8m3b135", "q8.8", "int4", "e8m7_nosub", "e9m2", "e8m3b128", "e4m0fnuz")
+]
 DRAWS += [(qjax.Float(8, 0, bias=bias, specials="fn"), "float32") for bias in (127, 149)]
+DRAWS += [(qjax.Fixed(17, 149), "float32")]
 DRAWS += [("e4m3", "float64"), ("fp16", "float64"), ("e5m2", "bfloat16"), ("e4m3", "float16")]
 STOCHASTIC = [rounding for rounding in R if rounding.is_stochastic]
 

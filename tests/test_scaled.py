@@ -26,6 +26,9 @@ OTHER_RULES = [
     Scaled(qjax.Fixed(8), qjax.FP16, "axis"),
     Scaled(qjax.E5M2, qjax.Float(5, 0, specials="finite", signed=False), 32),
     Scaled(qjax.NF4, qjax.E8M0, 32),
+    Scaled(qjax.BF16, qjax.FP32, 16),
+    Scaled(qjax.Float(8, 1), qjax.BF16, 16, rule="rceil"),
+    Scaled(qjax.E4M3, qjax.Float(8, 0, specials="finite", signed=False), 16, rule="ceil"),
     Scaled(Scaled(qjax.Fixed(4), qjax.Float(5, 0, specials="fn", signed=False), 8), qjax.FP32, "axis"),
 ]
 

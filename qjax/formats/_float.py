@@ -84,6 +84,11 @@ class Float:
                 "Float: without mantissa bits 'ieee' has one special code, for infinity, and none for NaN; "
                 "use 'fn', 'extended' or 'finite'."
             )
+        if signed and specials in ("fnuz", "extended") and subnormals == "normal" and mantissa_bits == 0:
+            raise ValueError(
+                f"Float: {specials!r} has NaN in the place of negative zero, where a signed format without zero has a "
+                "number; use 'fn' or 'finite', or subnormals=True."
+            )
         if bias is None:
             bias = 2 ** (exponent_bits - 1) - (0 if specials in ("fnuz", "extended") else 1)
         for name, value in (

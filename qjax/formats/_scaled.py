@@ -108,6 +108,10 @@ class Scaled:
             )
         if isinstance(element, Fixed) and element.overflow == "wrap":
             raise ValueError("Scaled: elements saturate; use a Fixed element with overflow='saturate'.")
+        if not element.max > 0:
+            raise ValueError(
+                f"Scaled: {element!r} has no number above 0 to scale the largest of a block to; add a bit."
+            )
         if zero_point is not None and (
             not isinstance(element, Fixed) or element.signed or power_of_two or rule != "absmax"
         ):
@@ -155,3 +159,8 @@ class Scaled:
     def power_of_two(self) -> bool:
         """Whether the computed scales are powers of two, so that scaling is exact."""
         return self.scale.mantissa_bits == 0
+
+    @property
+    def shifts(self) -> bool:
+        """Whether elements are rounded on the scaled grid itself: scaled by powers of two, and no codebook."""
+        return self.power_of_two and isinstance(self.element, Float | Fixed)
