@@ -71,9 +71,11 @@ def _round(x, random: Random | None, grid: Grid, at, saturate: bool, may_be_nan:
     in_place = grid.is_static and not (grid.wide or grid.coarse(c)) and grid.has_subnormals and grid.mantissa_bits > 0
     if rounding is Rounding.NEAREST_EVEN and _sum_rounds(grid, c):
         rounded, zero, in_place = _nearest_by_sum(pattern, grid, c), pattern <= grid.at.edge, grid.has_subnormals
+    elif rounding.is_stochastic:
+        rounded, zero = _by_draw(pattern, grid, rounding, random, c)
+        in_place = not grid.wide
     else:
-        rounded, zero = _by_bits(pattern, grid, rounding, negative, random, c)
-        in_place = in_place or (rounding.is_stochastic and not grid.wide)
+        rounded, zero = _by_bits(pattern, grid, rounding, negative, c)
     if grid.wide:
         rounded = jnp.maximum(rounded, grid.at.smallest)
         down = 1 - (rounded >> c.mantissa_bits)
@@ -114,39 +116,43 @@ def _round(x, random: Random | None, grid: Grid, at, saturate: bool, may_be_nan:
     return from_bits(result, c)
 
 
-def _by_bits(pattern, grid: Grid, rounding: Rounding, negative, random: Random | None, c: Carrier):
+def _by_bits(pattern, grid: Grid, rounding: Rounding, negative, c: Carrier):
     """Returns patterns without the bits that go, after a carry where they go up, and whether they go to 0.
 
     Of those below the smallest value only whether they go to 0 is right.
     """
-    field = pattern >> c.mantissa_bits
-    subnormal = field == 0
-    # Whether the subnormals of the carrier are too small to count, for a stochastic mode too.
-    far = grid.coarse(c, by=c.width)
-    # Else a stochastic mode sees them as twice the number, with an exponent field of 0.
-    doubled = rounding.is_stochastic and not (grid.wide or far)
-    seen = field if grid.wide or far or doubled else jnp.maximum(field, 1)
-    stay, most = seen + grid.at.room, c.width - grid.fewest(c)
-    above = (c.width - c.mantissa_bits + grid.power - grid.fmt.quantum_exponent) - stay
-    if doubled:
-        # Below the smallest value it does not matter what stays.
-        stay = jnp.minimum(stay.astype(c.uint), c.uint(most)) + subnormal.astype(c.uint)
-    else:
-        if grid.least_field == 0 and not grid.wide:
-            # The subnormals of the carrier have half the spacing of its first normal numbers.
-            most = most + subnormal.astype(c.int)
-        stay = jnp.clip(stay, c.width - c.mantissa_bits, most).astype(c.uint)
+    field, most = pattern >> c.mantissa_bits, c.width - grid.fewest(c)
+    if grid.least_field == 0 and not grid.wide:
+        # The subnormals of the carrier have half the spacing of its first normal numbers.
+        most = most + (field == 0).astype(c.int)
+    if not (grid.wide or grid.coarse(c)):
+        field = jnp.maximum(field, 1)
+    stay = jnp.clip(field + grid.at.room, c.width - c.mantissa_bits, most).astype(c.uint)
     mask = (c.uint(2**c.width - 1) >> stay).astype(c.int)
-    if not rounding.is_stochastic:
-        # Where all bits but the hidden one go, the lowest bit of the exponent stands for it, that is for the parity of
-        # the code.
-        last = (c.width - stay).astype(c.int) if grid.mantissa_bits > 0 else c.mantissa_bits
-        odd = (pattern + (grid.at.parity << c.mantissa_bits)) >> last & 1
-        zero = pattern < least_up(rounding, grid.first(c), grid.at.edge, grid.at.smallest, negative)
-        return (pattern + bump(rounding, mask, odd, negative)) & ~mask, zero
+    # Where all bits but the hidden one go, the lowest bit of the exponent stands for it, that is for the parity of the
+    # code.
+    last = (c.width - stay).astype(c.int) if grid.mantissa_bits > 0 else c.mantissa_bits
+    odd = (pattern + (grid.at.parity << c.mantissa_bits)) >> last & 1
+    zero = pattern < least_up(rounding, grid.first(c), grid.at.edge, grid.at.smallest, negative)
+    return (pattern + bump(rounding, mask, odd, negative)) & ~mask, zero
 
+
+def _by_draw(pattern, grid: Grid, rounding: Rounding, random: Random | None, c: Carrier):
+    """Returns patterns rounded by random words, and whether they go to 0; on wide grids as ``_by_bits`` does."""
     assert random is not None
     rounding, random = as_proportional(rounding, random, c)
+    field = pattern >> c.mantissa_bits
+    stay, most = field + grid.at.room, c.width - grid.fewest(c)
+    above = (c.width - c.mantissa_bits + grid.power - grid.fmt.quantum_exponent) - stay
+    # Whether the subnormals of the carrier are too small to count.
+    far = grid.coarse(c, by=c.width)
+    if grid.wide or far:
+        stay = jnp.clip(stay, c.width - c.mantissa_bits, most).astype(c.uint)
+    else:
+        # Subnormals are taken as twice the number, with an exponent field of 0. Below the smallest value, where this
+        # may be negative, it does not matter how many bits stay.
+        stay = jnp.minimum(stay.astype(c.uint), c.uint(most)) + (field == 0).astype(c.uint)
+    mask = (c.uint(2**c.width - 1) >> stay).astype(c.int)
     if rounding is Rounding.STOCHASTIC:
         added = (random.words >> stay).astype(c.int)
     else:
@@ -156,17 +162,17 @@ def _by_bits(pattern, grid: Grid, rounding: Rounding, negative, random: Random |
     if far and rounding is Rounding.STOCHASTIC and _floats_compare(grid, c):
         zero = _goes_to_zero(pattern, grid.power + grid.at.shift, random.words, c)
         # Compared without a sign, which a NaN may have reached.
-        least = jnp.maximum(rounded.astype(c.uint), grid.at.smallest.astype(c.uint))
-        return jnp.where(zero, 0, least.astype(c.int)), zero
+        rounded = jnp.maximum(rounded.astype(c.uint), grid.at.smallest.astype(c.uint)).astype(c.int)
+        return jnp.where(zero, 0, rounded), zero
     hidden = c.int(1 << c.mantissa_bits)
     significand = (pattern & (hidden - 1)) | hidden
     if grid.wide:
         significand = jnp.where(pattern < grid.first(c), 0, significand)
     else:
-        significand = jnp.where(subnormal, pattern << 1 if doubled else pattern, significand)
+        significand = jnp.where(field == 0, pattern << 1, significand)
     if isinstance(grid.fmt, Float) and grid.fmt.subnormals == "normal" and grid.mantissa_bits > 0:
         first_field = grid.fmt.emin + c.bias + grid.at.shift
-        fraction = _fraction_of_odd(significand, seen, first_field, grid.mantissa_bits, c)
+        fraction = _fraction_of_odd(significand, field, first_field, grid.mantissa_bits, c)
     else:
         fraction = _fraction_of_power(significand, above, rounding is not Rounding.STOCHASTIC, c)
     up, below = goes_up(rounding, fraction, random, c), pattern < grid.at.edge

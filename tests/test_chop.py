@@ -1,5 +1,7 @@
 """Law 1: chop is correctly rounded, once, for every format, mode and carrier."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,33 @@ def test_codebooks(dtype, name, saturate):
     with jax.enable_x64(dtype == "float64"):
         for rounding, values in chopped(x, fmt, saturate=saturate):
             same_bits(values, oracle.round_codebook(x, fmt, rounding, finfo(dtype), saturate=saturate), x)
+
+
+@st.composite
+def floats(draw):
+    """Any format of up to 7 exponent bits that the constructor takes, with its numbers in the range of float32."""
+    exponent_bits, mantissa_bits = draw(st.integers(1, 7)), draw(st.integers(0, 10))
+    options = {
+        "bias": 2 ** (exponent_bits - 1) + draw(st.integers(-9, 9)),
+        "specials": draw(st.sampled_from(["ieee", "fn", "fnuz", "finite", "extended"])),
+        "signed": draw(st.booleans()),
+        "subnormals": draw(st.sampled_from([True, False, "normal"])),
+    }
+    try:
+        return qjax.Float(exponent_bits, mantissa_bits, **options)
+    except ValueError:
+        hypothesis.reject()
+
+
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(floats(), st.sampled_from(list(R)), st.booleans())
+def test_any_float(fmt, rounding, saturate):
+    x = np.concatenate([every("float32")[::97], critical(fmt, "float32")[::3]])
+    draw = np.random.default_rng(0).integers(0, 256, x.shape) if rounding.is_stochastic else np.zeros(1, int)
+    words = jnp.asarray(draw.astype(np.uint8)) if rounding.is_stochastic else None
+    ours = qjax.chop(jnp.asarray(x), fmt, rounding, saturate=saturate, random_bits=words)
+    theirs = oracle.round_float(x, fmt, rounding, finfo("float32"), saturate=saturate, draw=draw, bits=8)
+    same_bits(ours, theirs, x)
 
 
 DRAWS = [(name, "float32") for name in ("e4m3", "e2m1", "bf16", "e8m0", "ue5m3", "e5m10_nosub", "dlfloat16", "tf32")]

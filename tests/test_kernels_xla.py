@@ -43,7 +43,7 @@ ROUTES = {
     "int8 weights": (lambda x, w: product(x, w.astype(x.dtype)), (S("bfloat16"), S("int8")), CUBLAS, 1),
     "chop": (lambda x: qjax.chop(x, "e4m3"), (S("float32"),), None, 1),
     "stochastic chop": (stochastic, (S("float32"), jax.ShapeDtypeStruct((2,), np.uint32)), None, 2),
-    "mxfp4 chop": (lambda x: qjax.chop(x, "mxfp4"), (S("float32"),), None, 4),
+    "mxfp4 chop": (lambda x: qjax.chop(x, "mxfp4"), (S("float32"),), None, 3),
     "quantized to e4m3": (quantized("e4m3"), (S("float32"), S("float32")), CUBLAS, 2),
     "quantized to int8": (quantized("int8_tensor"), (S("float32"), S("float32")), CUBLAS, None),
 }
