@@ -193,11 +193,11 @@ def _rule(largest, fmt: Scaled):
     c = _carrier.carrier(np.float64 if largest.dtype == np.uint64 else np.float32)
     if fmt.rule in ("absmax", "mse"):
         return _of_finite(largest, _nearest_scale(_quotient(largest, fmt.element.max, c), fmt), fmt, c), None
-    exponent = jnp.clip(_power_of_two(largest, fmt, c), *_exponent_range(fmt, c))
+    scale, exponent = _power_scale(_power_of_two(largest, fmt, c), fmt, c)
     instead = _not_finite(fmt, c)
     of_instead = math.frexp(instead)[1] - 1 if np.isfinite(instead) else c.bias + 1
     shift = jnp.where(largest >= c.uint(c.inf), c.int(of_instead), exponent)
-    return _of_finite(largest, _power_scale(exponent, fmt, c), fmt, c), shift
+    return _of_finite(largest, scale, fmt, c), shift
 
 
 def _not_finite(fmt: Scaled, c):
@@ -211,9 +211,9 @@ def _of_finite(largest, scale, fmt: Scaled, c):
 
 
 def _power_scale(exponent, fmt: Scaled, c):
-    """Returns the scale ``2^exponent``, or the nearest one that there is."""
+    """Returns the scale ``2^exponent``, or the nearest one that there is, and its exponent."""
     exponent = jnp.clip(exponent, *_exponent_range(fmt, c))
-    return _carrier.from_bits(_carrier.compose(jnp.ones_like(exponent), exponent, c), c)
+    return _carrier.from_bits(_carrier.compose(jnp.ones_like(exponent), exponent, c), c), exponent
 
 
 def _exponent_range(fmt: Scaled, c) -> tuple[int, int]:
@@ -235,7 +235,7 @@ def _rms_scale(x, largest, fmt: Scaled, rule: Rms, blocks: Blocks):
     if fmt.power_of_two:
         if rule.log2 == "nearest":
             ratio = ratio * c.float(math.sqrt(2))
-        scale = _power_scale(_carrier.exponent(_carrier.to_bits(ratio, c), c), fmt, c)
+        scale, _ = _power_scale(_carrier.exponent(_carrier.to_bits(ratio, c), c), fmt, c)
     else:
         scale = _nearest_scale(ratio, fmt)
     return _of_finite(largest, scale, fmt, c)
@@ -273,7 +273,7 @@ def _best_scale(x, largest, fmt: Scaled, blocks: Blocks, inner: Mode, random: Ra
     c = _carrier.carrier(x.dtype)
     if fmt.power_of_two:
         middle = _power_of_two(largest, fmt, c)
-        candidates = [_power_scale(middle + i, fmt, c) for i in (0, 1, -1)]
+        candidates = [_power_scale(middle + i, fmt, c)[0] for i in (0, 1, -1)]
     else:
         top = _quotient(largest, fmt.element.max, c)
         candidates = [_nearest_scale(top * c.float(1 - i / 32), fmt) for i in range(16)]
