@@ -17,7 +17,7 @@ from qjax._grid import once
 from qjax._packing import pack
 from qjax._quantizer import Quantizer
 from qjax.formats import Float, Format, Scaled, format
-from qjax.optim._power import exp2, log2
+from qjax.optim._power import exp2, log2_beside_line
 
 
 @jax.tree_util.register_static
@@ -98,45 +98,55 @@ def _expanded(expanded: Expanded, x, again) -> "ExpandedTensor":
         lambda left, right: (lax.max(left[0], right[0]), lax.min(left[1], right[1])),
         (bits.ndim - 1,),
     )
-    largest = _carrier.flush(_carrier.from_bits(top, c))
-    exponent, fraction = log2(jnp.where(largest == 0, 1, largest))
-    lower, fraction_below = log2(jnp.where(largest == 0, 1, _carrier.from_bits(above + first, c)))
-    span = jnp.maximum((exponent - lower).astype(c.float) + (fraction - fraction_below), 1)
-    steps = jnp.clip(jnp.floor(16 * math.log2(fmt.max**2 / 2) / span), 1, 255).astype(c.int)
-    steps, exponent, fraction = once(steps, exponent, _carrier.to_bits(fraction, c).astype(c.int))
+    lower = jnp.where(top < first, top, above + first)
+    span = _binades(top - lower, c) + (log2_beside_line(top) - log2_beside_line(lower))
+    steps = jnp.clip(jnp.floor(16 * math.log2(fmt.max**2 / 2) / jnp.maximum(span, 1)), 1, 255)
+    base = math.log2(fmt.max) - fmt.emin - log2_beside_line(top, steps / 16)
+    steps, base = once(steps.astype(c.int), _carrier.to_bits(base, c).astype(c.int))
     codes = _codes(
         _in_blocks(again, expanded.block),
+        top[..., None],
         (steps.astype(c.float) / 16)[..., None],
-        exponent[..., None],
-        _carrier.from_bits(fraction.astype(c.uint), c)[..., None],
+        _carrier.from_bits(base.astype(c.uint), c)[..., None],
         fmt,
     )
     values = QTensor(pack(codes, fmt.bits), (), (), fmt, codes.shape[-1], x.dtype, -1)
-    largest = jnp.where(top < c.inf, largest, jnp.nan)
+    largest = jnp.where(top < c.inf, _carrier.flush(_carrier.from_bits(top, c)), jnp.nan)
     return ExpandedTensor(values, largest, steps.astype(jnp.uint8), x.shape[-1] if x.ndim else None)
 
 
-def _codes(x, power, exponent, fraction, fmt: Float):
-    """Returns the codes of ``max (|x| / M)^power`` with the sign of x, log2(M) given as exponent and fraction.
+def _codes(x, top, power, base, fmt: Float):
+    """Returns the codes of ``max (|x| / M)^power`` with the sign of x.
 
     In units of the last place a power is its significand and its exponent, that of the smallest normal number at least,
     counted from there: the code, but for rounding, for which a sum has this unit for the spacing of its result.
+
+    Args:
+      top: the bits of M.
+      base: ``log2(max / M^power)``, less what the bits of M say, counted from the smallest normal number.
     """
     c = _carrier.carrier(x.dtype)
-    own, rest = log2(jnp.abs(x), fraction)
-    own, significand = exp2(rest * power + ((own - exponent).astype(c.float) * power + math.log2(fmt.max)))
-    place = jnp.maximum(own, fmt.emin)
-    # The sum has the integer in its lowest bits; a conversion XLA would clamp.
-    down = _carrier.to_bits(own - place + c.float(1.5 * 2**c.mantissa_bits), c) << c.mantissa_bits
-    significand = _carrier.from_bits(_carrier.to_bits(significand, c) + down, c)
+    bits = _carrier.to_bits(jnp.abs(x), c)
+    log = _binades(bits - top, c) * power + base + log2_beside_line(bits, power)
+    exponent = jnp.floor(log)
     unit = c.float(1.5 * 2 ** (c.mantissa_bits - fmt.mantissa_bits))
-    codes = _carrier.to_bits(significand + (place - fmt.emin + unit), c) - _carrier.to_bits(unit, c)
-    codes = jnp.where(_carrier.flush(jnp.abs(x)) == 0, 0, codes)
+    place = exponent + unit
+    # What has an exponent below that of normal numbers has no place, but is shifted down: bits below those of unit.
+    least = jnp.minimum(_carrier.to_bits(place, c), _carrier.to_bits(unit, c))
+    down = least << (c.mantissa_bits - fmt.mantissa_bits)
+    significand = _carrier.from_bits(_carrier.to_bits(exp2(log - exponent), c) + down, c)
+    codes = _carrier.to_bits(significand + place, c) - least
+    codes = jnp.where(bits < c.uint(1 << c.mantissa_bits), 0, codes)
     negative = _carrier.to_bits(x, c) >> (c.width - 1)
     if fmt.has_negative_zero:
         return codes | negative << (fmt.bits - 1)
     minus = codes | c.uint(1 << (fmt.bits - 1)) if fmt.signed else _nan_code(fmt) if fmt.has_nan else 0
     return jnp.where((negative == 1) & (codes != 0), minus, codes)
+
+
+def _binades(difference, c: _carrier.Carrier):
+    """Returns a difference of bits, in powers of two."""
+    return difference.astype(c.int).astype(c.float) * 2.0**-c.mantissa_bits
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "largest", "steps"], meta_fields=["length"])
@@ -163,9 +173,13 @@ class ExpandedTensor:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _contracted(x: ExpandedTensor, reading: int) -> Array:
-    codes, bits = x.values.unpacked().astype(jnp.int32), x.values.fmt.bits
     # A row has 2^bits entries.
-    place = _UNITED[reading](*jnp.broadcast_arrays(x.steps[..., None].astype(jnp.int32) << bits, codes))
+    codes, rows = x.values.unpacked().astype(jnp.uint16), x.steps.astype(jnp.int32) << x.values.fmt.bits
+    if reading == 0:
+        # Unknown to have no bit in common with codes, so that the compiler does not make eight addresses of eight equal
+        # rows where a loop is over the last axis of another shape, as that of an update of the parameters is.
+        (rows,) = once(rows)
+    place = _UNITED[reading](*jnp.broadcast_arrays(rows[..., None].astype(jnp.uint16), codes))
     value = jnp.asarray(_roots(x.values.fmt).ravel())[place] * x.largest[..., None]
     if x.length is None:
         return value.reshape(())
@@ -173,7 +187,7 @@ def _contracted(x: ExpandedTensor, reading: int) -> Array:
 
 
 # What has no bit in common, these unite.
-_UNITED = lax.bitwise_or, lax.bitwise_xor, lax.add
+_UNITED = lax.bitwise_xor, lax.bitwise_or, lax.add
 
 
 @functools.lru_cache
