@@ -1,8 +1,10 @@
 """Logarithms and powers to single precision, of sums, products and integer operations only.
 
-Those of XLA it keeps once computed, 4 bytes an element, where they have several uses or a loop works on them. Processors
-wait here for one result after the other: products are in pairs, and none is in vain.
+Those of XLA it keeps once computed, 4 bytes an element, where they have several uses or a loop works on them.
+Polynomials are sums of pairs, so that few operations wait for each other.
 """
+
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt32
@@ -15,11 +17,14 @@ _R = (1.1242294, -1.387221, 1.1165941, -0.5350983, 0.13937141, -0.015209109)
 _S = (1.0000026, 0.693003833, 0.241442755, 0.05201146, 0.013534168)
 
 
-def log2_beside_line(bits: UInt32[Array, "*shape"], times=1) -> Float32[Array, "*shape"]:
+def log2_beside_line(
+    bits: UInt32[Array, "*shape"], times: Float32[Array, "..."] | float = 1.0
+) -> Float32[Array, "*shape"]:
     """Returns ``times (log2(x) - l(x))`` of normal positive x by their bits, l linear between powers of two.
 
-    Since ``l(x) = bits 2^-23 - 127``, ``log2(x / y)`` is ``2^-23`` times the difference of bits, an integer, and that of
-    these: near numbers have logarithms whose difference is right to 7e-7, where sums would be to 2^-18 if they are 100.
+    Since ``l(x) = bits 2^-23 - 127``, ``log2(x / y)`` is ``2^-23`` times the difference of bits, an integer, and that
+    of these: so near numbers have logarithms whose difference is right to 7e-7, where sums would be to 2^-18 if they
+    are 100.
     """
     c = _carrier.carrier(jnp.float32)
     s = _carrier.from_bits(bits & c.uint(2**c.mantissa_bits - 1) | c.uint(c.bias << c.mantissa_bits), c)
@@ -32,7 +37,7 @@ def exp2(t: Float32[Array, "*shape"]) -> Float32[Array, "*shape"]:
     return _polynomial(_S, t)
 
 
-def _polynomial(coefficients, x):
+def _polynomial(coefficients, x) -> Any:
     """Returns ``sum_i coefficients[i] x^i``."""
     square = x * x
     pairs = [low + high * x for low, high in zip(coefficients[::2], coefficients[1::2], strict=False)]
