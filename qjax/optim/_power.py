@@ -17,15 +17,21 @@ _R = (1.1242294, -1.387221, 1.1165941, -0.5350983, 0.13937141, -0.015209109)
 _S = (1.0000026, 0.693003833, 0.241442755, 0.05201146, 0.013534168)
 
 
+# log2(x) of normal positive x is l(x) = bits 2^-23 - 127, linear between powers of two, and what lies beside it. That
+# of a quotient is made of two differences: near numbers have logarithms whose difference is right to 7e-7, where sums
+# would be to 2^-18 if they are 100.
+
+
+def log2_on_line(difference: UInt32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """Returns ``l(x) - l(y)`` by the difference of the bits of x and y."""
+    c = _carrier.carrier(jnp.float32)
+    return difference.astype(c.int).astype(c.float) * 2.0**-c.mantissa_bits
+
+
 def log2_beside_line(
     bits: UInt32[Array, "*shape"], times: Float32[Array, "..."] | float = 1.0
 ) -> Float32[Array, "*shape"]:
-    """Returns ``times (log2(x) - l(x))`` of normal positive x by their bits, l linear between powers of two.
-
-    Since ``l(x) = bits 2^-23 - 127``, ``log2(x / y)`` is ``2^-23`` times the difference of bits, an integer, and that
-    of these: so near numbers have logarithms whose difference is right to 7e-7, where sums would be to 2^-18 if they
-    are 100.
-    """
+    """Returns ``times (log2(x) - l(x))`` by the bits of x."""
     c = _carrier.carrier(jnp.float32)
     s = _carrier.from_bits(bits & c.uint(2**c.mantissa_bits - 1) | c.uint(c.bias << c.mantissa_bits), c)
     between = (3 - s) * s - 2

@@ -17,7 +17,7 @@ from qjax._grid import once
 from qjax._packing import pack
 from qjax._quantizer import Quantizer
 from qjax.formats import Float, Format, Scaled, format
-from qjax.optim._power import exp2, log2_beside_line
+from qjax.optim._power import exp2, log2_beside_line, log2_on_line
 
 
 @jax.tree_util.register_static
@@ -99,7 +99,7 @@ def _expanded(expanded: Expanded, x, again) -> "ExpandedTensor":
         (bits.ndim - 1,),
     )
     lower = jnp.where(top < first, top, above + first)
-    span = _binades(top - lower, c) + (log2_beside_line(top) - log2_beside_line(lower))
+    span = log2_on_line(top - lower) + (log2_beside_line(top) - log2_beside_line(lower))
     steps = jnp.clip(jnp.floor(16 * math.log2(fmt.max**2 / 2) / jnp.maximum(span, 1)), 1, 255)
     base = math.log2(fmt.max) - fmt.emin - log2_beside_line(top, steps / 16)
     steps, base = once(steps.astype(c.int), _carrier.to_bits(base, c).astype(c.int))
@@ -127,7 +127,7 @@ def _codes(x, top, power, base, fmt: Float):
     """
     c = _carrier.carrier(x.dtype)
     bits = _carrier.to_bits(jnp.abs(x), c)
-    log = _binades(bits - top, c) * power + base + log2_beside_line(bits, power)
+    log = log2_on_line(bits - top) * power + base + log2_beside_line(bits, power)
     exponent = jnp.floor(log)
     unit = c.float(1.5 * 2 ** (c.mantissa_bits - fmt.mantissa_bits))
     place = exponent + unit
@@ -142,11 +142,6 @@ def _codes(x, top, power, base, fmt: Float):
         return codes | negative << (fmt.bits - 1)
     minus = codes | c.uint(1 << (fmt.bits - 1)) if fmt.signed else _nan_code(fmt) if fmt.has_nan else 0
     return jnp.where((negative == 1) & (codes != 0), minus, codes)
-
-
-def _binades(difference, c: _carrier.Carrier):
-    """Returns a difference of bits, in powers of two."""
-    return difference.astype(c.int).astype(c.float) * 2.0**-c.mantissa_bits
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "largest", "steps"], meta_fields=["length"])
