@@ -284,7 +284,7 @@ def shares(operands):
 
 COUNTED_SEEDS = 1 if FAST else 2
 COUNTED_STEPS = range(0, STEPS, 20)
-COUNTED_LAYERS = LAYERS[1:3] if FAST else LAYERS
+COUNTED_LAYERS = LAYERS[1:2] if FAST else LAYERS
 counted = {(guard, layer): [] for guard in GUARDS for layer in COUNTED_LAYERS}
 depths = {}
 with tqdm(total=COUNTED_SEEDS * len(COUNTED_STEPS), desc="counting", unit="step") as bar:

@@ -45,7 +45,7 @@ FAST = os.environ.get("QJAX_FAST") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path()
 FIGURES = Path(tempfile.mkdtemp()) if FAST else HERE / "figures"
 SEEDS = 2 if FAST else 4
-STEPS = 300 if FAST else 600
+STEPS = 120 if FAST else 600
 BATCH = 8
 LAYERS = ("qkv", "out", "up", "down")
 RATE = 8e-3
@@ -76,7 +76,7 @@ batches = [
     windows(training_text, np.random.default_rng(seed).integers(0, last_start(training_text), (STEPS, BATCH)))
     for seed in range(SEEDS)
 ]
-model = LanguageModel(width=64)
+model = LanguageModel(width=64, layers=1 if FAST else 2)
 init = jax.jit(model.init)
 initial = [init(jax.random.key(seed), test_windows[:1, :-1])["params"] for seed in range(SEEDS)]
 
@@ -176,7 +176,7 @@ DRAWS = 32
 def gradients(model, params, batch, keys):
     def gradient(key):
         tree = jax.grad(lambda params: losses(model, params, batch, rngs={"quantize": key}).mean())(params)
-        kernels = [tree[block][layer]["kernel"] for block in ("block_0", "block_1") for layer in LAYERS]
+        kernels = [tree[f"block_{i}"][layer]["kernel"] for i in range(model.layers) for layer in LAYERS]
         return jnp.concatenate([kernel.ravel() for kernel in kernels])
 
     return jax.lax.map(gradient, keys)

@@ -48,7 +48,7 @@ FAST = os.environ.get("QJAX_FAST") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path()
 FIGURES = Path(tempfile.mkdtemp()) if FAST else HERE / "figures"
 SEEDS = 2 if FAST else 3
-STEPS = 100 if FAST else 400
+STEPS = 50 if FAST else 400
 TESTS = 128 if FAST else 512
 BATCH = 8
 RATE = 5e-3

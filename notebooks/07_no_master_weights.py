@@ -73,7 +73,7 @@ batches = np.stack(
         for seed in range(SEEDS)
     ]
 )
-model = LanguageModel(width=64)
+model = LanguageModel(width=64, layers=1 if FAST else 2)
 keys = jax.vmap(jax.random.key)(np.arange(SEEDS))
 initial = jax.jit(jax.vmap(lambda key: model.init(key, test_windows[:1, :-1])["params"]))(keys)
 

@@ -67,7 +67,7 @@ def last_start(text):
 test_windows = windows(held_out_text, np.linspace(0, last_start(held_out_text), TESTS, dtype=int))
 starts = [np.random.default_rng(seed).integers(0, last_start(training_text), (STEPS, DEVICES)) for seed in range(SEEDS)]
 batches = windows(training_text, np.stack(starts))
-model = LanguageModel(width=64)
+model = LanguageModel(width=64, layers=1 if FAST else 2)
 keys = jax.vmap(jax.random.key)(np.arange(SEEDS))
 initial = jax.jit(jax.vmap(lambda key: model.init(key, test_windows[:1, :-1])["params"]))(keys)
 mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

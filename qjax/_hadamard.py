@@ -1,6 +1,7 @@
 """``Hadamard``: block rotations that spread outliers before rounding."""
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -61,7 +62,7 @@ class Hadamard:
         Raises:
           ValueError: if the size does not divide the axis, or a key is missing.
         """
-        return self._transformed(x * self._signs(x, axis, key), axis)
+        return _transformed(x * self._signs(x, axis, key), self.size, axis)
 
     def inverse(
         self, x: Inexact[Array, "*shape"], *, axis: int = -1, key: Array | None = None
@@ -71,7 +72,7 @@ class Hadamard:
         Raises:
           ValueError: if the size does not divide the axis, or a key is missing.
         """
-        return self._transformed(x, axis) * self._signs(x, axis, key)
+        return _transformed(x, self.size, axis) * self._signs(x, axis, key)
 
     def _signs(self, x, axis: int, key):
         length = x.shape[axis]
@@ -90,14 +91,16 @@ class Hadamard:
         shape[axis] = length
         return jnp.tile(signs, length // self.size).reshape(shape)
 
-    def _transformed(self, x, axis: int):
-        axis %= x.ndim
-        before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
-        dtype, x = x.dtype, _carrier.widen(x)
-        half = 1
-        while half < self.size:
-            pairs = x.reshape(*before, length // (2 * half), 2, half, *after)
-            first, second = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
-            x = jnp.stack([first + second, first - second], axis=axis + 1).reshape(x.shape)
-            half *= 2
-        return _carrier.apart(x * jnp.asarray(1 / math.sqrt(self.size), x.dtype)).astype(dtype)
+
+@functools.partial(jax.jit, static_argnames=("size", "axis"), inline=True)
+def _transformed(x, size: int, axis: int):
+    axis %= x.ndim
+    before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    dtype, x = x.dtype, _carrier.widen(x)
+    half = 1
+    while half < size:
+        pairs = x.reshape(*before, length // (2 * half), 2, half, *after)
+        first, second = (jax.lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in (0, 1))
+        x = jnp.stack([first + second, first - second], axis=axis + 1).reshape(x.shape)
+        half *= 2
+    return _carrier.apart(x * jnp.asarray(1 / math.sqrt(size), x.dtype)).astype(dtype)

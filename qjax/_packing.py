@@ -1,7 +1,9 @@
 """Codes of any width as bytes: element i of a row has the bits i * bits to (i + 1) * bits - 1, the lowest first."""
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +19,7 @@ def _group(bits: int) -> tuple[int, int]:
     return codes, codes * bits // 8
 
 
+@functools.partial(jax.jit, static_argnames="bits", inline=True)
 def pack(codes, bits: int):
     """Returns unsigned codes below ``2^bits`` packed along the last axis, each row padded to whole bytes."""
     if bits in _WHOLE:
@@ -42,6 +45,7 @@ def pack(codes, bits: int):
     return packed[..., : -(-length * bits // 8)]
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "length", "uint"), inline=True)
 def unpack(packed, bits: int, length: int, uint):
     """Returns the codes of ``pack`` as an array of the unsigned dtype ``uint``."""
     if bits in _WHOLE:
