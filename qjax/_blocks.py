@@ -122,7 +122,8 @@ def _of_rows(x, most: int):
     axis = max(range(len(counts)), key=lambda a: (counts[a], a))
     parts = x.reshape(*x.shape[:axis], x.shape[axis] // counts[axis], counts[axis], *x.shape[axis + 1 :])
     rows = [lax.index_in_dim(parts, i, axis + 1, False) for i in range(counts[axis])]
-    zeros = [np.zeros((), x.dtype)] * len(rows)
+    # Behind a barrier, for XLA would reduce constants while it compiles: a second for a million numbers.
+    zeros = [lax.optimization_barrier(np.zeros((), x.dtype))] * len(rows)
     maxima = lax.reduce(rows, zeros, lambda left, right: tuple(map(lax.max, left, right)), (x.ndim - 1,))
     # To concatenate them would be a kernel of its own.
     shape = parts.shape[:-1]

@@ -262,6 +262,14 @@ def test_bytes_of_the_live_state(name, most):
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / count <= most
 
 
+def test_a_first_state_is_not_encoded_while_compiling():
+    """In a larger program it is a constant, and XLA takes 9 s for the codes of a million numbers."""
+    tx = optim.coat_adamw(1e-3)
+    program = jax.jit(tx.init).lower(jnp.ones((8, 1024))).compile()
+    # Of each moment: the extremes, and what is computed from them once a block.
+    assert program.as_text().count(" reduce(") == 4
+
+
 def test_rules_decide_leaf_by_leaf():
     params = {"w": jnp.ones((4, 128), jnp.float32), "b": jnp.ones(4, jnp.float32)}
     tx = optim.chop_state(optax.scale_by_adam(), {"mu/.*": "e4m3_g128", "nu/w": qjax.Quantizer("bf16"), "nu/b": None})

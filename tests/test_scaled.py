@@ -187,6 +187,13 @@ def test_nvfp4_keeps_small_data_by_its_tensor_scale():
     assert max(error) < 1.05 * min(error) < 0.02
 
 
+def test_constants_are_not_rounded_while_compiling():
+    """XLA takes a second for a million numbers."""
+    program = jax.jit(lambda: qjax.chop(jnp.zeros((1024, 1024)), "mxfp4")).lower().compile()
+    # Of the maxima, and of what is computed from them once a block.
+    assert program.as_text().count(" reduce(") == 2
+
+
 SMALL = [(1, 131), (257, 3), (3, 257), (193, 131), (2, 3, 191), (256, 1, 129)]
 # Here blocks are folded, and of the last two shapes several are reduced in one loop.
 LARGE = [(2**17 + 5,), (2**16, 1), (67, 1031), (3, 512, 96), (64, 1, 1037), (1030, 1056), (2, 263, 2000)]

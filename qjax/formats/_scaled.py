@@ -123,7 +123,7 @@ class Scaled:
         if not power_of_two and element.max >= 2.0**128:
             raise ValueError(
                 f"Scaled: the largest element, {element.max:.4g}, is beyond float32, in which a scale with mantissa is "
-                f"computed, so that every scale would be 0; use an element with fewer exponents than {element!r}."
+                f"computed; use an element with fewer exponents than {element!r}."
             )
         for name, value in (
             ("element", element),
