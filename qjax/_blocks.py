@@ -122,8 +122,7 @@ def _of_rows(x, most: int):
     axis = max(range(len(counts)), key=lambda a: (counts[a], a))
     parts = x.reshape(*x.shape[:axis], x.shape[axis] // counts[axis], counts[axis], *x.shape[axis + 1 :])
     rows = [lax.index_in_dim(parts, i, axis + 1, False) for i in range(counts[axis])]
-    # Behind a barrier, for XLA would reduce constants while it compiles: a second for a million numbers.
-    zeros = [lax.optimization_barrier(np.zeros((), x.dtype))] * len(rows)
+    zeros = [_zero(x)] * len(rows)
     maxima = lax.reduce(rows, zeros, lambda left, right: tuple(map(lax.max, left, right)), (x.ndim - 1,))
     # To concatenate them would be a kernel of its own.
     shape = parts.shape[:-1]
@@ -136,7 +135,13 @@ def _of_rows(x, most: int):
 
 
 def _max(x, axes: tuple[int, ...]):
-    return lax.reduce(x, np.zeros((), x.dtype), lax.max, axes)
+    return lax.reduce(x, _zero(x), lax.max, axes)
+
+
+def _zero(x):
+    """Returns 0, which XLA takes for unknown: large constants it would reduce while it compiles, a second a million."""
+    zero = np.zeros((), x.dtype)
+    return lax.optimization_barrier(zero) if _known_size(x.shape) >= _LARGE else zero
 
 
 def _folded(x, axis: int, size, most: int):
