@@ -40,7 +40,7 @@ import matplotlib.pyplot as plt
 FAST = os.environ.get("QJAX_FAST") == "1"
 HERE = Path(__file__).parent if "__file__" in globals() else Path()
 FIGURES = Path(tempfile.mkdtemp()) if FAST else HERE / "figures"
-RATES = (1e-2,) if FAST else (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2) if FAST else (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = len(RATES)
 STEPS, BATCH = (110 if FAST else 400), 8
 

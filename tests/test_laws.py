@@ -34,7 +34,7 @@ def numbers(dtype="float32") -> jax.Array:
 
 
 def all_modes(fmt, options, **rest):
-    """Returns the rounding in each mode: of one program, which compiles faster than one for each mode."""
+    """Returns a function that rounds in each mode, all by one program."""
     program = jax.jit(lambda x: [qjax.chop(x, fmt, r, **(options if r.is_stochastic else {}), **rest) for r in R])
     return lambda x: dict(zip(R, map(np.asarray, program(x)), strict=True))
 

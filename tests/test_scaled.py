@@ -59,7 +59,7 @@ def blocks_that_go_wrong(dtype: str) -> np.ndarray:
 
 
 def check(x: np.ndarray, fmt: Scaled, *roundings: R, axis: int = -1) -> None:
-    """Of one program, which compiles faster than one for each rounding."""
+    """Compares x in each rounding, all of one program, with the oracle."""
     dtype = str(x.dtype)
     wide = x.astype(np.float64 if dtype == "float64" else np.float32)
     draw = np.random.default_rng(1).integers(0, 256, x.shape)

@@ -63,9 +63,7 @@ def chop_state(
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
-        # Within a larger program the zeros of most states are constants, whose codes XLA computes while it compiles,
-        # number by number: 9 s for a million. It does not look through this.
-        inner = jax.lax.optimization_barrier(tx.init(params))
+        inner = tx.init(params)
         storages = rules.storages(inner)
         if rules.known is None:
             check_key("chop_state", [s.is_stochastic for s in storages if s is not None], key)
