@@ -125,7 +125,9 @@ def measured(case: Case, shape, rounds: int) -> dict:
     if wrong := disagreeing(case, functions):
         raise SystemExit(f"{case.name}: {', '.join(wrong)} differ from the reference.")
     size = sum(x.nbytes for x in jax.tree.leaves(operands[:2]))
-    copies = 1 if jax.default_backend() == "cpu" else min(max(1, round(APART / size)), 16)
+    on_cpu = jax.default_backend() == "cpu"
+    copies = 1 if on_cpu else min(max(1, round(APART / size)), 16)
+    calls = 1 if on_cpu else 20  # at a time, so that an accelerator does not wait for the next
     sets = {name: [operands] for name in functions}
     if isinstance(operands[1], Coded):
         weights = jax.random.normal(jax.random.key(0), operands[1].shape).astype(jnp.bfloat16)
@@ -134,11 +136,12 @@ def measured(case: Case, shape, rounds: int) -> dict:
     seconds = {name: [] for name in functions}
     for number in range(-1, rounds):
         for name in random.sample(list(functions), len(functions)):
-            given = sets[name][number % copies]
             start = time.perf_counter()
-            jax.block_until_ready(functions[name](*given))
+            for call in range(calls):
+                result = functions[name](*sets[name][(number + call) % copies])
+            jax.block_until_ready(result)
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / calls)
     least = roofline(case, shape, size)
     spread = {name: [median(times), *quantiles(times, n=4)[::2]] for name, times in seconds.items()}
     return {"case": case.name, "shape": shape, "seconds": spread, "roofline": least}
@@ -190,6 +193,7 @@ def main():
         f"|{'---|' * 8}",
     ]
     print("\n".join(lines), flush=True)
+    output = options.output or (None if options.only else RESULTS / f"kernels-{name}.json")
     done = set()
     for part in work:
         for case in (
@@ -203,10 +207,9 @@ def main():
                 report["rows"].append(row)
                 lines.append(line(row, part.target))
                 print(lines[-1], flush=True)
-    output = options.output or (None if options.only else RESULTS / f"kernels-{name}.json")
-    if output:
-        output.write_text(json.dumps(report, indent=1) + "\n")
-        output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+                if output:
+                    output.write_text(json.dumps(report, indent=1) + "\n")
+                    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

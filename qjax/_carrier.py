@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -77,6 +78,37 @@ def flush(x):
 def apart(product):
     """Returns a product that XLA does not contract into a later sum; an optimization barrier does not prevent it."""
     return jnp.where(jnp.isnan(product), product.dtype.type(np.nan), product)
+
+
+@jax.jit
+def divide(a, b):
+    """Returns a / b, of floats to nearest, ties to even, where XLA's own quotient on a GPU is up to two units off."""
+    if a.dtype == np.float64 or not jnp.issubdtype(a.dtype, jnp.floating):
+        return lax.div(a, b)
+    return lax.platform_dependent(a, b, cuda=_wide_quotient, rocm=_wide_quotient, default=lax.div)
+
+
+@jax.jit
+def square_root(x):
+    """Returns the square root of floats to nearest, ties to even, where that of XLA on a GPU is off as well."""
+    if x.dtype == np.float64:
+        return lax.sqrt(x)
+    return lax.platform_dependent(x, cuda=_wide_root, rocm=_wide_root, default=lax.sqrt)
+
+
+# Rounded twice, a quotient or a root of float32 is what it is rounded once, for 2 x 24 + 2 <= 53. LLVM knows that, and
+# would compute in float32, if they were not doubled ones, or halves.
+def _wide_quotient(a, b):
+    with jax.enable_x64(True):
+        x, y = (lax.convert_element_type(v, np.float64) for v in (a, b))
+        half = lax.div(x, y + y)
+        return lax.convert_element_type(half + half, a.dtype)
+
+
+def _wide_root(x):
+    with jax.enable_x64(True):
+        double = lax.sqrt(lax.convert_element_type(x, np.float64) * np.float64(4))
+        return lax.convert_element_type(double * np.float64(0.5), x.dtype)
 
 
 def exponent(magnitude, c: Carrier):

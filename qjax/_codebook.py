@@ -132,7 +132,8 @@ def _draw(x, index, values, fmt: Codebook, kept: np.ndarray, rounding: Rounding,
     # The nearer one to zero is the lower neighbour, so that the rule is odd, as it is for floats.
     negative = (high <= 0) & (low < 0)
     near, far = jnp.where(negative, high, low), jnp.where(negative, low, high)
-    distance = jnp.where(high_index == index, c.float(0), (x - near) / jnp.where(near == far, c.float(1), far - near))
+    share = _carrier.divide(x - near, jnp.where(near == far, c.float(1), far - near))
+    distance = jnp.where(high_index == index, c.float(0), share)
     distance = jnp.clip(distance, c.float(0), c.float(1))
     fraction = (distance * c.float(2.0 ** (c.width - 2))).astype(c.int).astype(c.uint)
     # The lowest bit says that x is not exact, however near it is to the value.

@@ -12,6 +12,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array
 
+from qjax import _carrier
 from qjax._encode import QTensor, decode, is_qtensor
 from qjax._jaxpr import is_literal
 from qjax._mesh import has_explicit_axes, in_auto_axes
@@ -211,7 +212,8 @@ def given_to(key, state, number: int, gemm: Gemm, codes: tuple = (None, None)) -
         given[f"{name}_scale"] = None
         if state is not None and quantizer is not None:
             largest = jnp.max(state[tensor])
-            scale = largest / np.float32(quantizer.fmt.element.max)
+            # A quotient by a constant would be a product with its reciprocal, which is rounded twice.
+            scale = _carrier.divide(largest, lax.optimization_barrier(np.float32(quantizer.fmt.element.max)))
             given[f"{name}_scale"] = jnp.where((largest > 0) & jnp.isfinite(scale), scale, np.float32(1))
     return given | dict(zip(("lhs_stored", "rhs_stored"), codes, strict=True))
 

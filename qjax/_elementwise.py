@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax import lax
 
+from qjax import _carrier
+
 
 class Static(NamedTuple):
     """An argument that is no array."""
@@ -51,6 +53,12 @@ def elementwise(fn: Callable, *args):
 @jax.jit
 def _select(which, *cases):
     return lax.select_n(which, *(x if x.ndim else lax.full_like(which, x, x.dtype) for x in cases))
+
+
+def _divide(a, b):
+    """Returns the quotient of arrays, or of an array and a constant."""
+    a, b = (x if x.ndim else lax.full_like(y, x, x.dtype) for x, y in ((a, b), (b, a)))
+    return _carrier.divide(a, b)
 
 
 def varying(aval) -> frozenset[str]:
@@ -94,13 +102,17 @@ def _program(fn: Callable, structure, kinds: tuple, widest):
 
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
-            if "jaxpr" in eqn.params:
+            # The branches of a quotient are those of devices, none of which is chosen here.
+            divides = eqn.params.get("name") == _carrier.divide.__name__
+            if "jaxpr" in eqn.params and not divides:
                 results = run(eqn.params["jaxpr"], inputs)
             elif eqn.primitive is lax.select_n_p and not isinstance(inputs[0], int):
                 results = [inputs[1 + int(inputs[0])]]
             elif any(isinstance(x, int) for x in inputs):
                 selects = eqn.primitive is lax.select_n_p
                 function, params = _select if selects else eqn.primitive.bind, eqn.params
+                if divides:
+                    function, params = _divide, {}
                 if eqn.primitive is lax.not_p and eqn.invars[0].aval.dtype == bool:
                     # Mosaic GPU has no complement of booleans.
                     function, params, inputs = lax.xor_p.bind, {}, [*inputs, np.array(True)]

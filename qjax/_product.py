@@ -151,6 +151,8 @@ def _narrow(equation, axes: tuple[Axes, Axes], operands: list[Operand], implemen
     if implementation == "reference":
         dtype = total = np.dtype(np.float32)
         params |= {"precision": lax.Precision.HIGHEST}
+    elif params["precision"] is None and dtype == np.float32:
+        params |= {"precision": (lax.Precision.HIGHEST,) * 2}  # some devices would multiply with fewer bits
     x, y = _operand.held(lhs.elements, lhs.fmt, dtype), _operand.held(rhs.elements, rhs.fmt, dtype)
     out = equation.primitive.bind(x, y, **params | {"preferred_element_type": total})
     if dtype == jnp.bfloat16:
@@ -167,7 +169,8 @@ def _dtype(equation, axes: tuple[Axes, Axes], operands: list[Operand]) -> tuple[
 
     The CPU is slow where others are not: in bfloat16 and int8 where the lhs is not contracted over its last axis, and
     in the gradients of int8 convolutions. There float32 or bfloat16 is taken instead. Products of int8 are summed
-    exactly in any case, but for convolutions: up to 2^10 of them are below 2^24.
+    exactly in any case, but for convolutions: up to 2^10 of them are below 2^24. XLA on a GPU doubles the sums of few
+    products of int8.
     """
     wide = np.dtype(np.float64 if any(o.elements.dtype == np.float64 for o in operands) else np.float32)
     precision = equation.params["precision"]
@@ -179,7 +182,7 @@ def _dtype(equation, axes: tuple[Axes, Axes], operands: list[Operand]) -> tuple[
     }
     is_dot, on_cpu = equation.primitive is lax.dot_general_p, Target.current().platform == "cpu"
     depth = math.prod(equation.invars[0].aval.shape[a] for a in axes[0].contract)
-    if narrow == {np.dtype(np.int8)} and is_dot and (2**10 < depth < 2**17 or (depth < 2**17 and not on_cpu)):
+    if narrow == {np.dtype(np.int8)} and is_dot and ((2**10 if on_cpu else 31) < depth < 2**17):
         return np.dtype(np.int8), np.dtype(np.int32)
     last = axes[0].contract == (equation.invars[0].aval.ndim - 1,)
     if narrow <= {np.dtype(np.int8), np.dtype(jnp.bfloat16)} and not (on_cpu and is_dot and not last):

@@ -78,7 +78,7 @@ def _divide(x, scale):
     bits = _carrier.to_bits(_carrier.flush(x), c)
     divisor = _carrier.to_bits(jnp.where(scale == 0, c.float(np.inf), scale), c)
     magnitude = _carrier.from_bits(bits & c.uint(c.sign - 1), c)
-    return _carrier.flush(magnitude / _carrier.from_bits(divisor | bits & c.uint(c.sign), c))
+    return _carrier.flush(_carrier.divide(magnitude, _carrier.from_bits(divisor | bits & c.uint(c.sign), c)))
 
 
 def _quantize_blocks(x, fmt: Scaled, mode: Mode, scale, random: Random | None) -> tuple[Any, Parts]:

@@ -31,10 +31,10 @@ def multiply(a, b):
 
 def divide(a, b):
     """Returns a / b rounded to odd, of operands with half the bits of their dtype at most."""
-    quotient = a / b
+    quotient = _carrier.divide(a, b)
     # The remainder in numbers of one binade, so that no part of it is too small.
     x, y = _significand(a), _significand(b)
-    q = x / y
+    q = _carrier.divide(x, y)
     upper, lower = _halves(q, _carrier.carrier(q.dtype))
     error = (x - _carrier.apart(upper * y)) - _carrier.apart(lower * y)
     error = jnp.where((b < 0) ^ (a < 0), -error, error)
@@ -44,14 +44,14 @@ def divide(a, b):
 
 def square_root(a):
     """Returns the square root of a rounded to odd, of an operand with half the bits of its dtype at most."""
-    root = jnp.sqrt(a)
+    root = _carrier.square_root(a)
     c = _carrier.carrier(a.dtype)
     bits = _carrier.to_bits(a, c)
     # In [1, 4), with an exponent of the parity of that of a.
     field = (bits >> c.mantissa_bits).astype(c.int)
     even = (c.bias + (field - c.bias) % 2).astype(c.uint)
     x = _carrier.from_bits(even << c.mantissa_bits | bits & c.uint(2**c.mantissa_bits - 1), c)
-    s = jnp.sqrt(x)
+    s = _carrier.square_root(x)
     upper, lower = _halves(s, c)
     error = (x - _carrier.apart(upper * upper)) - _carrier.apart(2 * upper * lower) - _carrier.apart(lower * lower)
     return _odd(root, jnp.where((a > 0) & _is_finite(a), error, 0))

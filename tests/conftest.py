@@ -29,8 +29,8 @@ hypothesis.settings.load_profile("qjax")
 def pytest_configure(config):
     """Tests are of the CPU, but for ``pytest -m gpu``: other platforms may be there for their compilers alone."""
     if config.option.markexpr != "gpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"  # for processes that tests start
-        jax.config.update("jax_platforms", "cpu")
+        platforms = os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for processes that tests start
+        jax.config.update("jax_platforms", platforms)
 
 
 def pytest_unconfigure():

@@ -37,7 +37,8 @@ def test_the_bits_of_the_reference(case, shape):
     if np.any(apart := case.apart(lhs, rhs, **options)):
         assert (np.abs(out - wanted) <= apart).all()
     else:
-        np.testing.assert_array_equal(bits(out), bits(wanted))
+        # The bits of a NaN are those of the operation that made it.
+        np.testing.assert_array_equal(*(bits(np.where(np.isnan(z), np.float32(np.nan), z)) for z in (out, wanted)))
 
 
 def test_stored_weights_serve_from_their_codes():

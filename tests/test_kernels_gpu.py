@@ -262,3 +262,8 @@ def test_instructions(name):
     assert case is None or made == {TYPES["bfloat16" if case.chop or case.weights else case.dtype]}
     assert "fma.rn.f32" not in ptx
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in ptxas, ptxas
+    # Warpgroups that ask for more registers than the block was started with wait for them forever.
+    (threads,), (started,) = re.findall(r"\.maxntid (\d+)", ptx), re.findall(r"Used (\d+) registers", ptxas)
+    (copying,), (computing,) = (re.findall(rf"setmaxnreg\.{way}\S+ (\d+)", ptx) for way in ("dec", "inc"))
+    groups = int(threads) // 128
+    assert int(copying) + (groups - 1) * int(computing) <= groups * int(started)

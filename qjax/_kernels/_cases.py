@@ -58,14 +58,15 @@ class Case(NamedTuple):
             lowest, size = -7, 8
 
         def rows(*shape):
-            x = random.integers(lowest, size, shape) if size else random.normal(size=shape).astype(np.float32)
+            x = random.integers(lowest, size, shape) if size else random.standard_normal(shape, np.float32)
             return jnp.asarray(x).astype(dtype)
 
         lhs, rhs, options = rows(batch, m, k), rows(batch, n, k), {}
         if self.chop is not None:
             lhs = Unrounded(lhs, Quantizer(self.chop))
         if self.weights is not None:
-            stored = encode(3 * jnp.asarray(random.normal(size=(batch, n, k)), jnp.float32), self.weights)
+            values = 3 * random.standard_normal((batch, n, k), np.float32)
+            stored = encode(jnp.asarray(np.rint(values) if exact else values), self.weights)
             rhs = Coded(stored.codes, stored.element)
         if self.accumulator.promote:
             count = -(-k // self.accumulator.promote)

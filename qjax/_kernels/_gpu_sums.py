@@ -23,6 +23,10 @@ from qjax import _carrier, _random
 from qjax._accumulator import Accumulator, random_bits, register_of
 from qjax._kernels._gpu_plan import Plan, Tiles
 from qjax._kernels._rewritten import rewritten
+from qjax._kernels._tiles import whole
+
+# What is copied to shared memory starts at multiples of 128 bytes there: of so many 32-bit words.
+WORDS = 32
 
 
 class Load(NamedTuple):
@@ -94,11 +98,12 @@ def accumulate(
     arrays = [load.array for load in products.loads]
     vectors = [(products.offsets, lambda step: step), (scales, plan.segment)]
     vectors = [(pair, block_of) for pair, block_of in vectors if pair is not None]
+    sizes = (tiles.rows, tiles.columns)
     for pair, _ in vectors:
-        arrays.extend(jnp.swapaxes(v, 1, 2) for v in pair)
+        arrays.extend(_spread(jnp.swapaxes(v, 1, 2), size) for v, size in zip(pair, sizes, strict=True))
     if key is not None:
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(plan.chunks * plan.splits))
-        arrays.append(jax.vmap(_random.key_words)(keys)[None])
+        arrays.append(_spread(jax.vmap(_random.key_words)(keys)[None], 4))
 
     scratch = [plgpu.SMEM((tiles.groups, 64, staged), jnp.float32, transforms=swizzled(staged, jnp.float32))]
     if products.scratch is not None:
@@ -124,10 +129,10 @@ def accumulate(
             options = {"transforms": swizzled(plan.depth, array.dtype)}
             specs.append(plgpu.BlockSpec((size, plan.depth), functools.partial(at, tile), **options))
         for _, block_of in vectors:
-            for size, tile in ((tiles.rows, row), (tiles.columns, column)):
-                specs.append(plgpu.BlockSpec((1, size), functools.partial(across, tile, block_of)))
+            for size, tile in zip(sizes, (row, column), strict=True):
+                specs.append(plgpu.BlockSpec((1, whole(size, WORDS)), functools.partial(across, tile, block_of)))
         if key is not None:
-            specs.append(plgpu.BlockSpec((1, 4), lambda step: ((first + step) // plan.pieces, 0)))
+            specs.append(plgpu.BlockSpec((1, WORDS), lambda step: ((first + step) // plan.pieces, 0)))
 
         def step_of(indices, *refs_and_carry):
             (step,) = indices
@@ -154,7 +159,7 @@ def accumulate(
             refs = list(refs)
             for i, there in enumerate((products.offsets, scales)):
                 if there is not None:
-                    of_row, of_column = refs.pop(0)[0, mine], refs.pop(0)[0]
+                    of_row, of_column = refs.pop(0)[0, mine], refs.pop(0)[0, pl.ds(0, tiles.columns)]
                     given[i] = tuple(lax.broadcast_in_dim(v, shape, (a,)) for a, v in enumerate((of_row, of_column)))
             if key is not None:
                 given[2] = [refs[0][0, i] for i in range(4)]
@@ -216,7 +221,7 @@ def accumulate(
         plgpu.emit_pipeline_warp_specialized(
             step_of,
             grid=(plan.steps,),
-            memory_registers=64,
+            memory_registers=40,
             wg_axis="group",
             num_compute_wgs=tiles.groups,
             max_concurrent_steps=tiles.stages,
@@ -239,6 +244,15 @@ def accumulate(
         return parts
     parts = parts.reshape(batch, plan.splits, rows, columns)
     return functools.reduce(jnp.add, (parts[:, i] for i in range(plan.splits)))
+
+
+def _spread(v, size: int):
+    """Returns vectors ``(b, n, tiles * size)`` with zeros up to whole words of copies after every tile."""
+    wide = whole(size, WORDS)
+    if wide == size:
+        return v
+    apart = jnp.pad(v.reshape(*v.shape[:2], -1, size), ((0, 0), (0, 0), (0, 0), (0, wide - size)))
+    return apart.reshape(*v.shape[:2], -1)
 
 
 def multiplied(multiply: Callable, shape: tuple[int, int], *dtypes):
