@@ -18,6 +18,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import sys
 import time
 from statistics import median, quantiles
@@ -183,7 +184,7 @@ def main():
     lines = [
         f"# Sums of products on {name}",
         "",
-        f"- {report['date']}, `python benchmarks/kernels.py --rounds {options.rounds}`",
+        f"- {report['date']}, `python {shlex.join(sys.argv)}`",
         f"- {packages}, Python {report['python']}",
         f"- device {report['device']}; {report['cores']} cores, load {report['load']}",
         "",

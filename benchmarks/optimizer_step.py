@@ -1,6 +1,6 @@
 """Times steps of optimizers whose state is in low precision against optax.adamw, and weighs the state.
 
-    python benchmarks/optimizer_step.py                 # 10^7 parameters; writes benchmarks/results/optimizer_step.md
+    python benchmarks/optimizer_step.py                 # 10^7 parameters; writes to benchmarks/results
     python benchmarks/optimizer_step.py --rounds 5
 
 A round steps all optimizers in random order; a new one is a row of ``OPTIMIZERS``.
@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import pathlib
 import random
+import re
 import sys
 import time
 from statistics import median, quantiles
@@ -24,9 +25,10 @@ from qjax import optim
 # As benchmarks/chop.py says.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
-RESULT = pathlib.Path(__file__).parent / "results" / "optimizer_step.md"
+ON_CPU, DEVICE = jax.default_backend() == "cpu", re.sub(r"\W+", "-", jax.devices()[0].device_kind.lower())
+RESULT = pathlib.Path(__file__).parent / "results" / f"optimizer_step{'' if ON_CPU else '-' + DEVICE}.md"
 SHAPE = (9765, 1024)
-STEPS = 1 if jax.default_backend() == "cpu" else 20  # at a time, so that an accelerator does not wait for the next
+STEPS = 1 if ON_CPU else 20  # at a time, so that an accelerator does not wait for the next
 # Each row: the optimizer, and the most that its step and its state may be: times AdamW's, and bytes a parameter.
 OPTIMIZERS = {
     "optax.adamw": (optax.adamw(1e-3), None, None),
@@ -79,7 +81,7 @@ def main():
     base = median(runs["optax.adamw"][2])
     packages = [f"{name} {importlib.metadata.version(name)}" for name in ("qjax", "jax", "jaxlib", "optax")]
     lines = [
-        "# The speed of low-precision optimizer states",
+        "# The speed of low-precision optimizer states" + ("" if ON_CPU else f" on {DEVICE}"),
         "",
         f"- {datetime.datetime.now():%Y-%m-%d %H:%M}, `python benchmarks/optimizer_step.py --rounds {options.rounds}`",
         f"- {', '.join(packages)}, Python {sys.version.split()[0]}",

@@ -25,7 +25,7 @@ VALUES = {
     "tpu": ((32, 128, 256, 512), (128, 256, 512, 1024), (512, 1024, 2048)),
     "gpu": ((1, 2, 3), (8, 16, 32, 64, 128, 192, 256), (128, 256, 512), (2, 3, 4, 6, 8, 12), (1, 2, 4, 8)),
 }
-CALLS = 20  # at a time, so that the device does not wait for the next
+CALLS = 5  # at a time, so that the device does not wait for the next
 
 
 def seconds_of(run, candidates: set, path, rounds: int) -> dict:

@@ -82,7 +82,7 @@ def apart(product):
 
 @jax.jit
 def divide(a, b):
-    """Returns a / b, of floats to nearest, ties to even, where XLA's own quotient on a GPU is up to two units off."""
+    """Returns a / b, of floats to nearest, ties to even, where XLA's own quotient on a GPU is another."""
     if a.dtype == np.float64 or not jnp.issubdtype(a.dtype, jnp.floating):
         return lax.div(a, b)
     return lax.platform_dependent(a, b, cuda=_wide_quotient, rocm=_wide_quotient, default=lax.div)
@@ -90,7 +90,7 @@ def divide(a, b):
 
 @jax.jit
 def square_root(x):
-    """Returns the square root of floats to nearest, ties to even, where that of XLA on a GPU is off as well."""
+    """Returns the square root of floats to nearest, ties to even, where that of XLA on a GPU is another as well."""
     if x.dtype == np.float64:
         return lax.sqrt(x)
     return lax.platform_dependent(x, cuda=_wide_root, rocm=_wide_root, default=lax.sqrt)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qjax import _carrier, _operand, _stored
+from qjax import _carrier, _operand, _rows, _stored
 from qjax._accumulated import Source, accumulated, check_register
+from qjax._kernels._reference import dot, is_trusted
 from qjax._kernels._target import Target
 from qjax._operand import Operand
 from qjax._quantizer import Quantizer
 from qjax._recipe import Gemm
-from qjax._rows import axes_of
 from qjax._split import run, split_of
 from qjax._stored import Axes
 
@@ -44,7 +44,7 @@ def product(equation, gemm: Gemm, lhs, rhs, given: dict, kept: list | None = Non
             kept += [Operand(lhs), Operand(rhs)]
         return equation.primitive.bind(lhs, rhs, **equation.params)
     is_dot = equation.primitive is lax.dot_general_p
-    axes = axes_of(equation)
+    axes = _rows.axes_of(equation)
     groups = 1 if is_dot else equation.params["feature_group_count"]
     if not is_dot and (gemm.rotate_lhs or gemm.rotate_rhs or (gemm.rotate and groups > 1)):
         raise ValueError(
@@ -154,7 +154,13 @@ def _narrow(equation, axes: tuple[Axes, Axes], operands: list[Operand], implemen
     elif params["precision"] is None and dtype == np.float32:
         params |= {"precision": (lax.Precision.HIGHEST,) * 2}  # some devices would multiply with fewer bits
     x, y = _operand.held(lhs.elements, lhs.fmt, dtype), _operand.held(rhs.elements, rhs.fmt, dtype)
-    out = equation.primitive.bind(x, y, **params | {"preferred_element_type": total})
+    sizes = (math.prod(z.shape[a] for a in w.free) for z, w in zip((x, y), axes, strict=True))
+    depth = math.prod(x.shape[a] for a in axes[0].contract)
+    if equation.primitive is lax.dot_general_p and not is_trusted(dtype, *sizes, depth):
+        x, y, output = _rows.dot_rows(equation, x, y)
+        out = output(dot(x, y))
+    else:
+        out = equation.primitive.bind(x, y, **params | {"preferred_element_type": total})
     if dtype == jnp.bfloat16:
         # XLA's CPU backend folds a later transposition into the product, and then has no code for it.
         out = lax.optimization_barrier(out)
@@ -169,8 +175,7 @@ def _dtype(equation, axes: tuple[Axes, Axes], operands: list[Operand]) -> tuple[
 
     The CPU is slow where others are not: in bfloat16 and int8 where the lhs is not contracted over its last axis, and
     in the gradients of int8 convolutions. There float32 or bfloat16 is taken instead. Products of int8 are summed
-    exactly in any case, but for convolutions: up to 2^10 of them are below 2^24. XLA on a GPU doubles the sums of few
-    products of int8.
+    exactly in any case, but for convolutions: up to 2^10 of them are below 2^24.
     """
     wide = np.dtype(np.float64 if any(o.elements.dtype == np.float64 for o in operands) else np.float32)
     precision = equation.params["precision"]
@@ -182,7 +187,7 @@ def _dtype(equation, axes: tuple[Axes, Axes], operands: list[Operand]) -> tuple[
     }
     is_dot, on_cpu = equation.primitive is lax.dot_general_p, Target.current().platform == "cpu"
     depth = math.prod(equation.invars[0].aval.shape[a] for a in axes[0].contract)
-    if narrow == {np.dtype(np.int8)} and is_dot and ((2**10 if on_cpu else 31) < depth < 2**17):
+    if narrow == {np.dtype(np.int8)} and is_dot and ((2**10 if on_cpu else 0) < depth < 2**17):
         return np.dtype(np.int8), np.dtype(np.int32)
     last = axes[0].contract == (equation.invars[0].aval.ndim - 1,)
     if narrow <= {np.dtype(np.int8), np.dtype(jnp.bfloat16)} and not (on_cpu and is_dot and not last):

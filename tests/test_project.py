@@ -16,8 +16,8 @@ PACKAGE = pathlib.Path(qjax.__file__).parent
 # A module may import those above it. Modules of one row do not see each other.
 LAYERS = (
     ("laws", "sweep", "linalg"),
-    ("formats", "_carrier", "_elementwise", "_mesh", "unit_scaling", "_patterns", "_safetensors"),
-    ("_modes", "_to_odd"),
+    ("formats", "_carrier", "_mesh", "unit_scaling", "_patterns", "_safetensors"),
+    ("_elementwise", "_modes", "_to_odd"),
     ("_grid",),
     ("_rounding",),
     ("_blocks", "_codebook"),
