@@ -83,7 +83,7 @@ def apart(product):
 @jax.jit
 def divide(a, b):
     """Returns a / b, of floats to nearest, ties to even, where XLA's own quotient on a GPU is another."""
-    if a.dtype == np.float64 or not jnp.issubdtype(a.dtype, jnp.floating):
+    if not _is_short(a.dtype):
         return lax.div(a, b)
     return lax.platform_dependent(a, b, cuda=_wide_quotient, rocm=_wide_quotient, default=lax.div)
 
@@ -91,9 +91,13 @@ def divide(a, b):
 @jax.jit
 def square_root(x):
     """Returns the square root of floats to nearest, ties to even, where that of XLA on a GPU is another as well."""
-    if x.dtype == np.float64:
+    if not _is_short(x.dtype):
         return lax.sqrt(x)
     return lax.platform_dependent(x, cuda=_wide_root, rocm=_wide_root, default=lax.sqrt)
+
+
+def _is_short(dtype) -> bool:
+    return dtype != np.float64 and jnp.issubdtype(dtype, jnp.floating)
 
 
 # Rounded twice, a quotient or a root of float32 is what it is rounded once, for 2 x 24 + 2 <= 53. LLVM knows that, and

@@ -87,7 +87,8 @@ def check_encoded(stored: Stored, terms, block: int, table):
     largest = np.abs(x).max(axis=1, keepdims=True)
     values = np.unique(table[np.isfinite(table)] + 0.0)
     if steps is None:
-        np.testing.assert_allclose(scales, largest / values[-1], rtol=4 * 2.0**-24)
+        # Roundings: of 1 - b, g^2, their product, the sum and the quotient; or of b, the decoded moment, and so on.
+        np.testing.assert_allclose(scales, largest / values[-1], rtol=5 * 2.0**-24)
         y = x / np.where(largest == 0, 1, largest / values[-1])
     else:
         np.testing.assert_allclose(scales, largest, rtol=3 * 2.0**-24)
@@ -139,15 +140,15 @@ def _at(tree, path):
 
 
 def test_power():
-    """The errors of the fits, 3.3e-7 and 2.6e-6, and two roundings of numbers up to 1."""
+    """The errors of the fits, 3.7e-7 and 2.63e-6, and two roundings of numbers up to 1."""
     x = np.geomspace(2.0**-126, 2.0**127, 100_001).astype(np.float32)
     beside = np.asarray(jax.jit(log2_beside_line)(x.view(np.uint32)), np.float64)
     line = x.view(np.uint32) * 2.0**-23 - 127
-    assert (np.abs(line + beside - np.log2(x.astype(np.float64))) <= 3.3e-7 + 2 * 2.0**-24).all()
+    assert (np.abs(line + beside - np.log2(x.astype(np.float64))) <= 3.7e-7 + 2 * 2.0**-24).all()
     assert not np.any(log2_beside_line((2.0 ** jnp.arange(-126, 128, dtype=jnp.float32)).view(jnp.uint32)))
     t = np.linspace(0, 1, 100_001).astype(np.float32)
     power = np.asarray(jax.jit(exp2)(t), np.float64)
-    assert (np.abs(power / 2.0 ** t.astype(np.float64) - 1) <= 2.6e-6 + 2 * 2.0**-24).all()
+    assert (np.abs(power / 2.0 ** t.astype(np.float64) - 1) <= 2.63e-6 + 2 * 2.0**-24).all()
 
 
 FORMATS = ("e4m3", "e5m2", "e3m4", "e2m3", "e2m1", "float8_e4m3fnuz", "ue5m3", "ue3m4")
