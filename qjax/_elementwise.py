@@ -56,7 +56,7 @@ def _select(which, *cases):
 
 
 def _divide(a, b):
-    """Returns the quotient of arrays, or of an array and a constant."""
+    """Returns the quotient of arrays and constants."""
     a, b = (x if x.ndim else lax.full_like(y, x, x.dtype) for x, y in ((a, b), (b, a)))
     return _carrier.divide(a, b)
 
@@ -104,15 +104,14 @@ def _program(fn: Callable, structure, kinds: tuple, widest):
             inputs = [read(v) for v in eqn.invars]
             # The branches of a quotient are those of devices, none of which is chosen here.
             divides = eqn.params.get("name") == "divide"
+            function, params = (_divide, {}) if divides else (eqn.primitive.bind, eqn.params)
             if "jaxpr" in eqn.params and not divides:
                 results = run(eqn.params["jaxpr"], inputs)
             elif eqn.primitive is lax.select_n_p and not isinstance(inputs[0], int):
                 results = [inputs[1 + int(inputs[0])]]
             elif any(isinstance(x, int) for x in inputs):
-                selects = eqn.primitive is lax.select_n_p
-                function, params = _select if selects else eqn.primitive.bind, eqn.params
-                if divides:
-                    function, params = _divide, {}
+                if eqn.primitive is lax.select_n_p:
+                    function = _select
                 if eqn.primitive is lax.not_p and eqn.invars[0].aval.dtype == bool:
                     # Mosaic GPU has no complement of booleans.
                     function, params, inputs = lax.xor_p.bind, {}, [*inputs, np.array(True)]
@@ -120,7 +119,7 @@ def _program(fn: Callable, structure, kinds: tuple, widest):
                 results = [len(dtypes) + len(steps) - 1]
             else:
                 with jax.ensure_compile_time_eval():
-                    results = [np.asarray(eqn.primitive.bind(*inputs, **eqn.params))]
+                    results = [np.asarray(function(*inputs, **params))]
             known.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
 

@@ -8,6 +8,7 @@ from tables import bits
 
 import qjax
 from qjax import _carrier
+from qjax._elementwise import elementwise
 
 DTYPES = ("float32", "bfloat16", "float16")
 SPECIALS = (0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 2.0**-126, 2.0**127)
@@ -32,6 +33,12 @@ def test_by_way_of_float64_it_is_the_nearest(wide, dtype):
     nan = jnp.isnan(nearest)
     assert (jnp.isnan(ours) == nan).all()
     assert np.array_equal(bits(jnp.where(nan, 0, ours)), bits(jnp.where(nan, 0, nearest)))
+
+
+def test_constants_are_divided_too():
+    x, one, three = jnp.arange(5, dtype=jnp.float32), jnp.float32(1), jnp.float32(3)
+    for fn in (lambda x: _carrier.divide(one, three) * x, lambda x: _carrier.divide(x, three)):
+        np.testing.assert_array_equal(elementwise(fn, x), np.asarray(fn(x)))
 
 
 def of_gpu(function, *args) -> str:

@@ -221,7 +221,7 @@ def accumulate(
         plgpu.emit_pipeline_warp_specialized(
             step_of,
             grid=(plan.steps,),
-            memory_registers=40,
+            memory_registers=40,  # with 64, two warpgroups wait forever for more than a block has
             wg_axis="group",
             num_compute_wgs=tiles.groups,
             max_concurrent_steps=tiles.stages,
