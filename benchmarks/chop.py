@@ -1,6 +1,6 @@
 """Times ``qjax.chop`` against a jitted ``x * c`` and against other libraries, interleaved in one run.
 
-    python benchmarks/chop.py                          # everything; writes benchmarks/results/chop.md
+    python benchmarks/chop.py                          # everything; writes to benchmarks/results
     python benchmarks/chop.py --quick                  # a look in a minute; writes nothing
     python benchmarks/chop.py --only 'e4m3 .*qjax' --sizes 1000000 --rounds 31
 
@@ -38,12 +38,14 @@ import qjax
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 SHAPES = {10**4: (25, 400), 10**6: (625, 1600), 10**7: (3125, 3200), 10**8: (31250, 3200)}
-SIZES = tuple(SHAPES) if jax.default_backend() != "cpu" else tuple(SHAPES)[:3]
-CALLS = 1 if jax.default_backend() == "cpu" else 10  # each on the last one's result, so that a GPU does not wait
+ON_CPU = jax.default_backend() == "cpu"
+SIZES = tuple(SHAPES)[:3] if ON_CPU else tuple(SHAPES)
+CALLS = 1 if ON_CPU else 10  # each on the last one's result, so that a GPU does not wait
 JUDGED = 10**7  # smaller arrays are bound by the cost of a call and noise: reported, not judged
 AT_MEMORY_SPEED = 1.5  # times a donated x * c
 KEY = jax.random.key(1)
-RESULT = pathlib.Path(__file__).parent / "results" / "chop.md"
+DEVICE = "" if ON_CPU else "-" + re.sub(r"\W+", "-", jax.devices()[0].device_kind.lower())
+RESULT = pathlib.Path(__file__).parent / "results" / f"chop{DEVICE}.md"
 
 
 @dataclass(frozen=True)
@@ -324,7 +326,9 @@ def header() -> str:
 - device {jax.devices()[0].device_kind}; {cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {environment}
 
 How to read it: times are medians, as ratios to the median of a jitted `x * c` with a donated float32 input (memory
-traffic and nothing else) in the same rounds; a round runs all cases in random order, each on a fresh copy of the input.
+traffic and nothing else) in the same rounds; a round runs all cases in random order, each on a fresh copy of the input{
+        "" if ON_CPU else f", {CALLS} times in a row"
+    }.
 Dispatch is synchronous. Arrays are matrices, but for those that are `flat`: of one axis, whose elements XLA counts with
 64 bits, which random bits pay for. `kept`: the input is not donated, so the time is that of getting new memory; compare
 it with the kept `x * c`. Peers run under jit with a donated input, except `NumPy cast`; `reduce_precision` is that of

@@ -17,6 +17,12 @@ import random
 import time
 from statistics import median
 
+import jax
+
+from qjax._kernels import _tiles
+from qjax._kernels._accumulate import kernels_for
+from qjax._kernels._cases import CASES
+
 SHAPES = {None: (4096, 4096, 4096), 32: (16, 28672, 8192), 8: (1, 28672, 8192), 128: (64, 28672, 8192)}
 # Where a search starts, and the values of each number, as the modules have them: rows, columns and depth on a TPU;
 # warpgroups, columns, bytes, stages and splits on a GPU.
@@ -65,12 +71,6 @@ def searched(run, start: tuple, values: tuple, path, rounds: int) -> tuple[tuple
 
 def tuned(job) -> dict:
     """Returns the row of a kind of operands."""
-    import jax
-
-    from qjax._kernels import _tiles
-    from qjax._kernels._accumulate import kernels_for
-    from qjax._kernels._cases import CASES
-
     number, most, rounds = job
     case = CASES[number]
     lhs, rhs, given = case.operands(*SHAPES[most])
@@ -88,10 +88,6 @@ def tuned(job) -> dict:
 
 def jobs(rounds: int) -> list[tuple]:
     """Returns a case of every kind that has a kernel, by its number, and the most rows."""
-    from qjax._kernels import _tiles
-    from qjax._kernels._accumulate import kernels_for
-    from qjax._kernels._cases import CASES
-
     kinds = {}
     for number, case in enumerate(CASES):
         lhs, rhs, given = case.operands(8, 64, 512)
@@ -111,8 +107,6 @@ def main():
         work = pool.apply(jobs, (options.rounds,))
     if not work:
         raise SystemExit("There are no kernels to tune here; run this on a TPU or a Hopper GPU.")
-    from qjax._kernels import _tiles
-
     # A process of its own for each: after a failed launch a process cannot use the device.
     with context.Pool(options.processes, maxtasksperchild=1) as pool:
         for job, result in [(job, pool.apply_async(tuned, (job,))) for job in work]:

@@ -209,7 +209,7 @@ class Rounded:
             return self._sum(eqn, operands, key)
         if name in COMPOSED:
             return self._composed(eqn, operands, key)
-        if name in TO_ODD and (name in ("div", "sqrt") or not self._is_direct(dtype)):
+        if name in TO_ODD:
             return self._binary(name, operands, key)
         if name == "convert_element_type" and _is_longer(operands[0].dtype, dtype):
             wide = _to_odd.from_integer(operands[0], np.dtype(np.float64 if dtype == np.float64 else np.float32))

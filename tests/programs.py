@@ -5,12 +5,27 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.extend.core import jaxprs_in_params
 
 import qjax
 
 EXACT, E4M3, DRAWN = (qjax.Quantizer(*args) for args in (("fp32",), ("e4m3",), ("e4m3", "stochastic")))
 # Quantized to float32 a float32 is itself: all is replaced, and nothing may change.
 IDENTITY, RECIPE, STOCHASTIC = (qjax.Recipe(*3 * [qjax.Gemm(q, q)]) for q in (EXACT, E4M3, DRAWN))
+
+
+def products(fn, *args) -> list:
+    """Returns the equations of the products of a function, dots and convolutions, at any depth."""
+
+    def of(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
+                yield equation
+            for inner in jaxprs_in_params(equation.params):
+                yield from of(inner)
+
+    return list(of(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
 def bits(x):

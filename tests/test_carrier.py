@@ -46,7 +46,7 @@ def of_gpu(function, *args) -> str:
 
 
 def divides(text: str) -> set[str]:
-    """Returns the dtypes of the quotients and roots of a lowered program, but for those of doubled or halved ones."""
+    """Returns the dtypes of the quotients and roots of floats in a lowered program."""
     lines = (line for line in text.splitlines() if "stablehlo.divide" in line or "stablehlo.sqrt" in line)
     return {line.rsplit("x", 1)[-1].rsplit("<", 1)[-1].rstrip(">") for line in lines} - {"i32"}
 

@@ -3,13 +3,13 @@
 import functools
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs import products
 from tables import bits
 
 import qjax
@@ -176,13 +176,6 @@ def test_every_layout_equals_the_reference(fmt, layout):
     check(fmt, layout)
 
 
-def _equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-            yield from _equations(inner)
-
-
 @pytest.mark.parametrize("fmt", ["int8", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_xla_pads_no_narrow_product_on_a_gpu(fmt, layout, monkeypatch):
@@ -191,15 +184,12 @@ def test_xla_pads_no_narrow_product_on_a_gpu(fmt, layout, monkeypatch):
     check(fmt, layout, "jit")
     lhs, rhs, _, numbers = operands(layout, *FORMATS[fmt])
     recipe = Recipe(Gemm(Q(fmt), Q(fmt)))
-    made = jax.make_jaxpr(lambda x, y: qjax.dot_general(x, y, numbers, recipe=recipe))(lhs, rhs)
-    products = [eqn for eqn in _equations(made.jaxpr) if eqn.primitive is lax.dot_general_p]
-    assert products
-    for eqn in products:
-        x, y = (v.aval for v in eqn.invars)
-        assert x.dtype == y.dtype == (jnp.bfloat16 if fmt == "bf16" or layout == "depth 0" else jnp.int8)
-        _, batch = eqn.params["dimension_numbers"]
-        sizes = [n for z, b in zip((x, y), batch, strict=True) for a, n in enumerate(z.shape) if a not in b]
-        assert all(n % 16 == 0 for n in sizes)
+    (eqn,) = products(lambda x, y: qjax.dot_general(x, y, numbers, recipe=recipe), lhs, rhs)
+    x, y = (v.aval for v in eqn.invars)
+    assert x.dtype == y.dtype == (jnp.bfloat16 if fmt == "bf16" or layout == "depth 0" else jnp.int8)
+    _, batch = eqn.params["dimension_numbers"]
+    sizes = [n for z, b in zip((x, y), batch, strict=True) for a, n in enumerate(z.shape) if a not in b]
+    assert all(n % 16 == 0 for n in sizes)
 
 
 def test_quantized_operands_are_multiplied_in_full():
@@ -207,8 +197,7 @@ def test_quantized_operands_are_multiplied_in_full():
     x, w = jnp.ones((3, 8), jnp.float32), jnp.ones((8, 5), jnp.float32)
     for asked, taken in ((None, lax.Precision.HIGHEST), (lax.Precision.DEFAULT, lax.Precision.DEFAULT)):
         f = functools.partial(qjax.dot_general, recipe=Recipe(Gemm(Q("e6m9"))), precision=asked)
-        made = jax.make_jaxpr(lambda x, w, f=f: f(x, w, MATRIX))(x, w)
-        (product,) = (eqn for eqn in _equations(made.jaxpr) if eqn.primitive is lax.dot_general_p)
+        (product,) = products(lambda x, w, f=f: f(x, w, MATRIX), x, w)
         assert product.params["precision"] == (taken, taken)
 
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import lax
-from jax.extend.core import jaxprs_in_params
+from programs import products
 from tables import CODEBOOKS, FIXED, FLOATS, SCALED
 
 import qjax
@@ -144,18 +144,8 @@ def test_elements_apart_from_a_zero_point_are_held():
 
 def dtypes_of(f, *args) -> tuple[str, str, str]:
     """Returns the dtypes of the operands and the result of the one product of a function."""
-    found = []
-
-    def walk(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive in (lax.dot_general_p, lax.conv_general_dilated_p):
-                found.append(tuple(v.aval.dtype.name for v in (*equation.invars, *equation.outvars)))
-            for inner in jaxprs_in_params(equation.params):
-                walk(inner)
-
-    walk(jax.make_jaxpr(f)(*args).jaxpr)
-    assert len(found) == 1
-    return found[0]
+    (equation,) = products(f, *args)
+    return tuple(v.aval.dtype.name for v in (*equation.invars, *equation.outvars))
 
 
 def product(x, w, lhs, rhs, **options):
